@@ -1,0 +1,188 @@
+"""Builds fused_attention._C with pybind11 and ninja. PyTorch is not needed here: the extension takes numbers
+and pointers, so it has no PyTorch ABI to match.
+
+Environment:
+  CXX                           the C++ compiler (default: the first of g++, c++, clang++)
+  CXXFLAGS                      appended to every compilation
+  MAX_JOBS                      parallel compilations (default: ninja's)
+  FUSED_ATTENTION_REQUIRE_EXT   1: a build without the extension is an error instead of a note
+  FUSED_ATTENTION_SANITIZE      such as "address,undefined": build with these sanitizers
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+COMMON_FLAGS = [
+    *("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    # Errno, trapping and separate rounding of a * b + c would keep the compiler from vectorising. What is NOT
+    # here: -ffast-math. Infinities and NaN carry meaning (hidden keys, dead rows).
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+]
+
+# kernels.cpp is compiled once for each of these; dispatch.cpp chooses among them by cpuid.
+KERNEL_ISAS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+# Written into the package, and read by its backends, when there is no extension: why there is none.
+NOTE = "_C_missing.txt"
+
+
+class BuildError(Exception):
+    """Why the extension cannot be built, in one line."""
+
+
+class Unit(NamedTuple):
+    """One compilation: a source may appear in several, with other flags."""
+
+    source: str
+    object: str
+    flags: list[str]
+
+
+def find_compiler() -> list[str]:
+    asked = os.environ.get("CXX")
+    for candidate in [asked] if asked else ["g++", "c++", "clang++"]:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler found ({f'CXX={asked}' if asked else 'tried g++, c++, clang++'})")
+
+
+def accepts(compiler: list[str], flags: list[str], code: str = "") -> bool:
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
+
+
+def sanitizer_flags() -> list[str]:
+    names = os.environ.get("FUSED_ATTENTION_SANITIZE", "")
+    return [f"-fsanitize={names}", "-fno-omit-frame-pointer", "-g", "-O1"] if names else []
+
+
+def usable_isas(compiler: list[str]) -> dict[str, list[str]]:
+    isas = {name: flags for name, flags in KERNEL_ISAS.items() if accepts(compiler, flags)}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        for name in KERNEL_ISAS.keys() - isas.keys():
+            say(f"{compiler[0]} does not accept the {name} flags: built without {name} kernels")
+    return isas
+
+
+def cpu_units(compiler: list[str]) -> list[Unit]:
+    import pybind11
+
+    isas = usable_isas(compiler)
+    built = [f"-DFA_HAVE_{name.upper()}=1" for name in isas]
+    includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    kernels = [
+        Unit("csrc/cpu/kernels.cpp", f"kernels_{name}.o", [f"-DFA_ISA={name}", *flags]) for name, flags in isas.items()
+    ]
+    return [
+        Unit("csrc/bindings.cpp", "bindings.o", includes),
+        Unit("csrc/cpu/dispatch.cpp", "dispatch.o", built),
+        *kernels,
+    ]
+
+
+def write_ninja_file(path: Path, compiler: list[str], units: list[Unit], library: Path) -> None:
+    from ninja import ninja_syntax
+
+    flags = [*COMMON_FLAGS, *sanitizer_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    with path.open("w") as file:
+        writer = ninja_syntax.Writer(file, width=110)
+        writer.variable("cxx", shlex.join(compiler))
+        writer.variable("flags", shlex.join(flags))
+        writer.rule(
+            "compile",
+            "$cxx -MMD -MF $out.d $flags $unit_flags -c $in -o $out",
+            description="compile $out",
+            depfile="$out.d",
+            deps="gcc",
+        )
+        writer.rule("link", "$cxx -shared $flags $in -o $out", description="link $out")
+        for unit in units:
+            source = ninja_syntax.escape_path(str(ROOT / unit.source))
+            writer.build(unit.object, "compile", source, variables={"unit_flags": shlex.join(unit.flags)})
+        writer.build(library.name, "link", [unit.object for unit in units])
+
+
+def compile_extension(file_name: str) -> Path:
+    """Returns the built library. Incremental: the build folder outlives pip's temporary ones."""
+    compiler = find_compiler()
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise BuildError("Python's C headers are not installed (python3-dev or python3-devel)")
+    if not accepts(compiler, ["-std=gnu++17", "-fopenmp"], "#include <omp.h>\n#include <vector>\n"):
+        raise BuildError(f"{shlex.join(compiler)} does not compile C++17 with OpenMP")
+
+    sanitize = os.environ.get("FUSED_ATTENTION_SANITIZE", "").replace(",", "-")
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    folder = ROOT / "build" / "-".join(filter(None, ["ninja", tag, sanitize]))
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / file_name
+    write_ninja_file(folder / "build.ninja", compiler, cpu_units(compiler), library)
+
+    import ninja
+
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    if subprocess.call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *jobs]):
+        raise BuildError(f"compilation with {shlex.join(compiler)} failed (its messages: pip install -v)")
+    return library
+
+
+def say(line: str) -> None:
+    print(f"fused-attention: {line}", file=sys.stderr, flush=True)
+
+
+class NinjaBuild(build_ext):
+    """Puts the library in the package or, when it cannot be built, a note saying why."""
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        note = library.with_name(NOTE)
+        # What an earlier build left in the same place would be installed as well.
+        library.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+        try:
+            shutil.copy2(compile_extension(library.name), library)
+        except BuildError as error:
+            if os.environ.get("FUSED_ATTENTION_REQUIRE_EXT", "0") != "0":
+                raise SystemExit(f"fused-attention: {error}") from None
+            say(f"installed without its compiled kernels, the reference backend serves: {error}")
+            note.write_text(f"{error}\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the same two files, beside the Python sources."""
+        (ext,) = self.extensions
+        built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+        package = ROOT / "python" / built.parent.name
+        for source in (built, built.with_name(NOTE)):
+            target = package / source.name
+            # A new file, not new content: a running process may have the old library mapped.
+            target.unlink(missing_ok=True)
+            if source.exists():
+                shutil.copy2(source, target)
+
+
+setup(
+    ext_modules=[Extension("fused_attention._C", sources=["csrc/bindings.cpp"], optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
+)
