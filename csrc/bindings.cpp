@@ -1,0 +1,210 @@
+// Python's view of the kernels: a dict of numbers and pointers in, AttentionParams out, the call without the GIL.
+//
+// A tensor is a tuple (address, dtype code, stride 0, ... stride 3), strides in elements, trailing ones optional.
+// The keys are the fields of AttentionParams; an absent key keeps its default.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <new>
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "params.h"
+
+namespace py = pybind11;
+
+namespace fused_attention {
+
+enum class Kind { int64, int32, uint64, real, flag, code, address, tensor };
+
+struct Field {
+  const char* name;
+  Kind kind;
+  size_t offset;
+};
+
+#define FIELD(name, kind) {#name, Kind::kind, offsetof(AttentionParams, name)}
+static const Field kFields[] = {
+    FIELD(B, int64),
+    FIELD(H, int64),
+    FIELD(HK, int64),
+    FIELD(M, int64),
+    FIELD(N, int64),
+    FIELD(D, int64),
+    FIELD(DV, int64),
+    FIELD(q, tensor),
+    FIELD(k, tensor),
+    FIELD(v, tensor),
+    FIELD(mask, tensor),
+    FIELD(bias, tensor),
+    FIELD(alibi, tensor),
+    FIELD(sinks, tensor),
+    FIELD(key_lengths, address),
+    FIELD(cu_seqlens_q, address),
+    FIELD(cu_seqlens_k, address),
+    FIELD(causal, code),
+    FIELD(window_left, int64),
+    FIELD(window_right, int64),
+    FIELD(scale, real),
+    FIELD(softcap, real),
+    FIELD(dropout_p, real),
+    FIELD(seed, uint64),
+    FIELD(weights_mode, code),
+    FIELD(batch_invariant, flag),
+    FIELD(threads, int32),
+    FIELD(out, tensor),
+    FIELD(lse, tensor),
+    FIELD(weights, tensor),
+    FIELD(dout, tensor),
+    FIELD(dlse, tensor),
+    FIELD(dweights, tensor),
+    FIELD(dq, tensor),
+    FIELD(dk, tensor),
+    FIELD(dv, tensor),
+    FIELD(dmask, tensor),
+    FIELD(dbias, tensor),
+    FIELD(dsinks, tensor),
+    FIELD(delta, tensor),
+};
+#undef FIELD
+
+// name -> Field*, as a Python dict of capsule-free integers: one hash lookup per argument.
+static PyObject* field_table() {
+  static PyObject* const table = [] {
+    PyObject* d = PyDict_New();
+    for (const Field& f : kFields) PyDict_SetItemString(d, f.name, PyLong_FromVoidPtr(const_cast<Field*>(&f)));
+    return d;
+  }();
+  return table;
+}
+
+[[noreturn]] static void bad_value(const Field& f, const char* expected) {
+  throw py::type_error("argument '" + std::string(f.name) + "': expected " + expected);
+}
+
+static int64_t integer(const Field& f, PyObject* value) {
+  const long long x = PyLong_AsLongLong(value);
+  if (x == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    bad_value(f, "an integer of 64 bits");
+  }
+  return x;
+}
+
+static uint64_t unsigned_integer(const Field& f, PyObject* value) {  // modulo 2^64: a negative seed is as good as any
+  const unsigned long long x = PyLong_AsUnsignedLongLongMask(value);
+  if (x == static_cast<unsigned long long>(-1) && PyErr_Occurred()) {
+    PyErr_Clear();
+    bad_value(f, "an integer");
+  }
+  return x;
+}
+
+static Tensor tensor(const Field& f, PyObject* value) {
+  const char* expected = "(address, dtype code 0..4, up to 4 strides)";
+  if (!PyTuple_Check(value)) bad_value(f, expected);
+  const Py_ssize_t size = PyTuple_GET_SIZE(value);
+  if (size < 2 || size > 6) bad_value(f, expected);
+  Tensor t;
+  t.data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned_integer(f, PyTuple_GET_ITEM(value, 0))));
+  const int64_t code = integer(f, PyTuple_GET_ITEM(value, 1));
+  if (code < 0 || code > static_cast<int64_t>(DType::boolean)) bad_value(f, expected);
+  t.dtype = static_cast<DType>(code);
+  for (Py_ssize_t i = 2; i < size; ++i) t.stride[i - 2] = integer(f, PyTuple_GET_ITEM(value, i));
+  return t;
+}
+
+static void set_field(AttentionParams& p, const Field& f, PyObject* value) {
+  void* at = reinterpret_cast<char*>(&p) + f.offset;
+  switch (f.kind) {
+    case Kind::int64:
+      *static_cast<int64_t*>(at) = integer(f, value);
+      break;
+    case Kind::int32:
+      *static_cast<int32_t*>(at) = static_cast<int32_t>(integer(f, value));
+      break;
+    case Kind::uint64:
+      *static_cast<uint64_t*>(at) = unsigned_integer(f, value);
+      break;
+    case Kind::flag:
+      *static_cast<bool*>(at) = integer(f, value) != 0;
+      break;
+    case Kind::tensor:
+      *static_cast<Tensor*>(at) = tensor(f, value);
+      break;
+    case Kind::address:
+      *static_cast<const int64_t**>(at) =
+          reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(unsigned_integer(f, value)));
+      break;
+    case Kind::code: {
+      const int64_t code = integer(f, value);
+      if (code < 0 || code > 2) bad_value(f, "a code 0, 1 or 2");
+      *static_cast<int32_t*>(at) = static_cast<int32_t>(code);
+      break;
+    }
+    case Kind::real: {
+      const double x = PyFloat_AsDouble(value);
+      if (x == -1.0 && PyErr_Occurred()) {
+        PyErr_Clear();
+        bad_value(f, "a number");
+      }
+      *static_cast<double*>(at) = x;
+      break;
+    }
+  }
+}
+
+static AttentionParams parse(const py::dict& args) {
+  AttentionParams p;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(args.ptr(), &position, &key, &value)) {
+    PyObject* found = PyDict_GetItemWithError(field_table(), key);
+    if (!found) {
+      PyErr_Clear();
+      throw py::type_error("unknown argument " + std::string(py::repr(key)));
+    }
+    set_field(p, *static_cast<const Field*>(PyLong_AsVoidPtr(found)), value);
+  }
+  return p;
+}
+
+template <bool (*Kernels::*FUNCTION)(const AttentionParams&)>
+static void call(const py::dict& args) {
+  const AttentionParams p = parse(args);
+  const Kernels& k = kernels();
+  bool ok;
+  {
+    py::gil_scoped_release nogil;
+    ok = (k.*FUNCTION)(p);
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
+static py::dict info() {
+  py::dict d;
+  std::vector<std::string> isas;
+  for (const Kernels* k : supported_kernels()) isas.emplace_back(k->isa);
+  d["isa"] = kernels().isa;
+  d["isas"] = isas;
+#if defined(__clang__)
+  d["compiler"] = __VERSION__;
+#else
+  d["compiler"] = "gcc " __VERSION__;
+#endif
+  d["openmp"] = _OPENMP;
+  return d;
+}
+
+}  // namespace fused_attention
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fused_attention;
+  watch_forks();
+  m.doc() = "Attention on a CPU. Each function takes a dict with the fields of AttentionParams (csrc/params.h).";
+  m.def("attention_forward", &call<&Kernels::forward>, py::arg("args"));
+  m.def("attention_backward", &call<&Kernels::backward>, py::arg("args"));
+  m.def("attention_weights", &call<&Kernels::weights>, py::arg("args"));
+  m.def("info", &info, "isa: the instruction set in use; isas: those to choose from, the best last; compiler; openmp");
+}

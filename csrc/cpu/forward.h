@@ -1,0 +1,167 @@
+// Forward pass: out = softmax(scores) V by the online softmax, one task per (batch, head, block of rows).
+//
+// For each block of keys:   S = scale Q K^T;   m' = max(m, rowmax S);   P = exp(S - m');   a = exp(m - m')
+//                           l = a l + rowsum P;   O = a O + dropout(P) V
+// at the end:               out = O / (l + exp(sink - m)),   lse = m + log(l + exp(sink - m))
+//
+// A scratch holds q [BM, ldq], kt [D, lds], v [BN, ldo], s [BM, lds], o [BM, ldo] in the compute type.
+#pragma once
+#include "pack.h"
+#include "scores.h"
+#include "threads.h"
+
+FA_BEGIN
+
+template <class T>
+struct Forward {
+  AttentionParams p;
+  int bm, bn;
+  int64_t blocks;  // of rows
+  int64_t ldq, lds, ldo;
+};
+
+template <class T>
+struct ForwardScratch {
+  T *q, *kt, *v, *s, *o, *strip, *m, *l, *alpha, *keep;
+  RowBuffers<T> row;
+  ForwardScratch(const Forward<T>& f, Arena& a) {
+    q = a.template take<T>(f.bm * f.ldq);
+    kt = a.template take<T>(f.p.D * f.lds);
+    v = a.template take<T>(f.bn * f.ldo);
+    s = a.template take<T>(f.bm * f.lds);
+    o = a.template take<T>(f.bm * f.ldo);
+    strip = a.template take<T>(VL<T> * f.ldq);
+    m = a.template take<T>(f.bm);
+    l = a.template take<T>(f.bm);
+    alpha = a.template take<T>(f.bm);
+    keep = a.template take<T>(kMaxKeys + 16);
+    row.mask = a.template take<T>(kMaxKeys + 16);
+    row.bias = a.template take<T>(kMaxKeys + 16);
+  }
+};
+
+// The softmax of one tile: s becomes exp(s - m'), m and l are brought up to date, alpha is what O shrinks by.
+template <class T>
+[[maybe_unused]] static void online_softmax(const Tile& t, T* s, int64_t ld, T* m, T* l, T* alpha) {
+  for (int i = 0; i < t.rows; ++i) {
+    T* row = s + i * ld;
+    const Span all = panel_span(t, i);
+    const int from = all.lo / VL<T> * VL<T>, to = static_cast<int>(round_up(all.hi, VL<T>));
+    Vec<T> top = splat<T>(-kInf<T>);
+    for (int j = from; j < to; j += VL<T>) top = max_skip_nan<T>(load<T>(row + j), top);
+    const T here = reduce_max<T>(top), next = here > m[i] ? here : m[i];
+    const T shift = next == -kInf<T> ? T(0) : next;
+    alpha[i] = m[i] == next ? T(1) : exp1<T>(m[i] - shift);
+    m[i] = next;
+    Vec<T> sum{};
+    for (int j = from; j < to; j += VL<T>) {
+      const Vec<T> e = vexp<T>(load<T>(row + j) - shift);
+      store<T>(row + j, e);
+      sum += e;
+    }
+    l[i] = l[i] * alpha[i] + reduce_add<T>(sum);
+  }
+}
+
+template <class T>
+[[maybe_unused]] static void drop_tile(const Problem& x, const Tile& t, T* s, int64_t ld, T* keep) {
+  Philox g = dropout_state(x);
+  for (int i = 0; i < t.rows; ++i) {
+    const Span own = row_span(t, i);
+    const int from = own.lo / 16 * 16;
+    g.row = static_cast<uint32_t>(t.row + i);
+    dropout_row<T>(g, t.key + from, own.hi - from, T(1), keep + from);
+    T* row = s + i * ld;
+    for (int j = own.lo; j < own.hi; ++j) row[j] *= keep[j];
+  }
+}
+
+// out and lse of a finished block of rows.
+template <class T>
+[[maybe_unused]] static void write_rows(const Problem& x, const Forward<T>& f, int64_t row, int rows,
+                                        const ForwardScratch<T>& w) {
+  const AttentionParams& p = f.p;
+  const T keep = has_dropout(p) ? dropout_keep<T>(p) : T(1);
+  const double sink = p.sinks.data ? static_cast<double>(*element<T>(p.sinks, x.h, 0, 0)) : -kInf<double>;
+  for (int i = 0; i < rows; ++i) {
+    const double m = static_cast<double>(w.m[i]), l = static_cast<double>(w.l[i]);
+    const bool dead = m == -kInf<double> && l == 0.0;
+    T factor = 0;
+    double lse = -kInf<double>;
+    if (!dead) {
+      const double top = sink > m ? sink : m, shrink = top == m ? 1.0 : __builtin_exp(m - top);
+      const double total = l * shrink + (p.sinks.data ? __builtin_exp(sink - top) : 0.0);
+      factor = static_cast<T>(shrink / total) * keep;
+      lse = top + __builtin_log(total);
+    }
+    T* o = w.o + i * f.ldo;
+    if (dead)  // what a hidden Inf may have left there
+      for (int64_t j = 0; j < p.DV; ++j) o[j] = 0;
+    store_row(address(p.out, x.batch, x.h, x.row0 + row + i), p.out.dtype, o, factor, p.DV);
+    if (p.lse.data) *element<T>(p.lse, x.batch, x.h, x.row0 + row + i) = static_cast<T>(lse);
+  }
+}
+
+template <class T>
+[[maybe_unused]] static void forward_tile(const Problem& x, const Forward<T>& f, const Tile& t,
+                                          const ForwardScratch<T>& w) {
+  const AttentionParams& p = f.p;
+  const int64_t key = x.key0 + t.key;
+  pack_transposed(w.kt, f.lds, row_address(p.k, x, x.hk, key), p.k.dtype, p.k.stride[2], t.keys, p.D, w.strip);
+  pack_rows(w.v, f.ldo, row_address(p.v, x, x.hk, key), p.v.dtype, p.v.stride[2], t.keys, p.DV);
+  dot_products<T>(t.rows, t.keys, static_cast<int>(p.D), dot_piece(p.M, p.N), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
+                  t.panels());
+  finish_scores<T>(x, t, w.s, f.lds, nullptr, w.row);
+  online_softmax<T>(t, w.s, f.lds, w.m, w.l, w.alpha);
+  if (has_dropout(p)) drop_tile<T>(x, t, w.s, f.lds, w.keep);
+  const int width = static_cast<int>(round_up(p.DV, NR<T>));
+  if (may_hide(x, t) && !all_finite(w.v, f.ldo, t.keys, width))
+    gemm_skip_zeros<T, false, Into::scale_add>(t.rows, width, t.keys, w.s, f.lds, w.v, f.ldo, w.o, f.ldo, w.alpha,
+                                               t.panels());
+  else
+    gemm<T, false, Into::scale_add>(t.rows, width, t.keys, w.s, f.lds, w.v, f.ldo, w.o, f.ldo, w.alpha, nullptr,
+                                    t.panels());
+}
+
+template <class T>
+[[maybe_unused]] static void forward_task(const void* plan, int64_t task, char* scratch) {
+  const Forward<T>& f = *static_cast<const Forward<T>*>(plan);
+  const AttentionParams& p = f.p;
+  const int64_t pair = task / f.blocks;
+  const Problem x = make_problem(p, pair / p.H, pair % p.H);
+  // Causal rows see the more keys the further down they are: the last block is handed out first.
+  const int64_t row = (f.blocks - 1 - task % f.blocks) * f.bm;
+  if (row >= x.rows) return;
+  const int rows = static_cast<int>(min_of<int64_t>(f.bm, x.rows - row));
+  Arena arena{reinterpret_cast<uintptr_t>(scratch)};
+  const ForwardScratch<T> w(f, arena);
+
+  pack_queries(w.q, f.ldq, x, row, rows);
+  for (int i = 0; i < f.bm; ++i) w.m[i] = -kInf<T>, w.l[i] = w.alpha[i] = 0;
+  __builtin_memset(w.o, 0, sizeof(T) * static_cast<size_t>(f.bm * f.ldo));
+  const Range r = visible(x, row, rows);
+  Tile t;
+  for (int64_t key = r.lo / 16 * 16; key < r.hi; key += f.bn) {
+    const int keys = static_cast<int>(min_of<int64_t>(f.bn, r.hi - key));
+    if (make_tile(x, row, rows, key, keys, t)) forward_tile<T>(x, f, t, w);
+  }
+  write_rows<T>(x, f, row, rows, w);
+}
+
+template <class T>
+[[maybe_unused]] static bool forward(const AttentionParams& p) {
+  Forward<T> f{};
+  f.p = p;
+  const Blocks most = forward_blocks<T>(p.D, p.DV);
+  f.bm = even_rows(p.M, most.m);
+  f.bn = static_cast<int>(min_of<int64_t>(most.n, max_of<int64_t>(round_up(p.N, NR<T>), NR<T>)));
+  f.blocks = ceil_div(p.M, f.bm);
+  f.ldq = padded<T>(p.D), f.lds = padded<T>(f.bn), f.ldo = padded<T>(p.DV);
+  Arena count{0};
+  ForwardScratch<T> layout(f, count);
+  const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
+                      static_cast<double>(p.D + p.DV);
+  return run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, forward_task<T>, &f);
+}
+
+FA_END

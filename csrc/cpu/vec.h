@@ -1,0 +1,185 @@
+// Vectors of one machine width by the compiler's vector extension, and the functions the softmax needs.
+//
+//   exp(x)  = 2^n (1 + p(r)),   n = round(x / ln 2), r = x - n ln 2, p(r) = exp(r) - 1 as a polynomial
+//   tanh(x) = e / (e + 2),      e = exp(2x) - 1 = 2^n p(r) + (2^n - 1), which keeps the relative accuracy near 0
+//
+// This header is compiled once per instruction set. All of it has internal linkage, so that the linker can
+// never put a function compiled for a newer processor into the path of an older one.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#ifndef FA_ISA
+  #error "define FA_ISA as portable, avx2 or avx512"
+#endif
+
+#define FA_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
+#define FA_BEGIN              \
+  namespace fused_attention { \
+  namespace FA_ISA {          \
+  namespace {
+#define FA_END \
+  }            \
+  }            \
+  }
+
+FA_BEGIN
+
+// MR rows of C are held in registers, each two vectors wide: 2 MR accumulators, two vectors of B and one
+// broadcast of A fill the 16 (AVX2), 32 (AVX-512, NEON) or 16 (SSE2: fewer, its multiply needs a copy) registers.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, MR = 12;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, MR = 6;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, MR = 8;
+#else
+constexpr int kVectorBytes = 16, MR = 4;
+#endif
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t ivec __attribute__((vector_size(kVectorBytes)));
+  using Int = int32_t;
+};
+template <>
+struct Lanes<double> {
+  typedef double vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t ivec __attribute__((vector_size(kVectorBytes)));
+  using Int = int64_t;
+};
+template <class T>
+using Vec = typename Lanes<T>::vec;
+template <class T>
+using IVec = typename Lanes<T>::ivec;
+template <class T>
+constexpr int VL = kVectorBytes / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int NR = 2 * VL<T>;
+
+template <class T>
+constexpr T kInf = static_cast<T>(__builtin_inf());
+
+template <class T>
+FA_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FA_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+FA_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+FA_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+template <class T>
+FA_INLINE Vec<T> load(const T* p) {
+  Vec<T> r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+template <class T>
+FA_INLINE void store(T* p, Vec<T> x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+template <class T>
+FA_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 is x for every x, and compiles to one broadcast
+}
+template <class T>
+FA_INLINE IVec<T> bits(Vec<T> x) {
+  return (IVec<T>)x;
+}
+template <class T>
+FA_INLINE Vec<T> from_bits(IVec<T> x) {
+  return (Vec<T>)x;
+}
+
+// The larger; a NaN in `x` is passed over (it comes back through exp and the row sum).
+template <class T>
+FA_INLINE Vec<T> max_skip_nan(Vec<T> x, Vec<T> m) {
+  return x > m ? x : m;
+}
+template <class T>
+FA_INLINE T reduce_max(Vec<T> x) {
+  T m = x[0];
+  for (int i = 1; i < VL<T>; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+template <class T>
+FA_INLINE T reduce_add(Vec<T> x) {
+  T lane[VL<T>];
+  store<T>(lane, x);
+  for (int half = VL<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+template <class T>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float lowest = -87.33f;     // below it the result would be subnormal: 0
+  static constexpr float tanh_cap = 20.0f;     // tanh(10) is 1 in float
+  static constexpr int mantissa = 23, bias = 127;
+  // exp(r) - 1 - r over r^2: Chebyshev fit on |r| <= ln 2 / 2, error 2.2e-8 relative to exp(r) - 1
+  static constexpr float c[5] = {0x1.0000000b9945ap-1f, 0x1.5554dcbf73d5bp-3f, 0x1.5554e8d5a86f6p-5f,
+                                 0x1.120ba6fc82ec2p-7f, 0x1.6d436652ca281p-10f};
+};
+template <>
+struct Exp<double> {
+  static constexpr double log2e = 1.44269504088896340736, ln2_hi = 6.93147180369123816490e-01,
+                          ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double lowest = -708.39;
+  static constexpr double tanh_cap = 44.0;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double c[12] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                   1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                   1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+};
+
+template <class T>
+struct Reduced {
+  Vec<T> p, scale;  // exp(x) = scale * (1 + p)
+};
+template <class T>
+FA_INLINE Reduced<T> reduce_exp(Vec<T> x) {
+  using E = Exp<T>;
+  const Vec<T> t = x * E::log2e + E::magic;
+  const Vec<T> n = t - E::magic;
+  const Vec<T> r = (x - n * E::ln2_hi) - n * E::ln2_lo;
+  constexpr int terms = sizeof(E::c) / sizeof(T);
+  Vec<T> y = splat<T>(E::c[terms - 1]);
+#pragma GCC unroll 16
+  for (int i = terms - 2; i >= 0; --i) y = y * r + E::c[i];
+  const IVec<T> e = bits<T>(t) - bits<T>(splat<T>(E::magic)) + static_cast<typename Lanes<T>::Int>(E::bias);
+  return {r + r * r * y, from_bits<T>(e << E::mantissa)};
+}
+
+// x <= 88 (float), 709 (double); exp(-inf) = 0; NaN stays NaN.
+template <class T>
+FA_INLINE Vec<T> vexp(Vec<T> x) {
+  const Reduced<T> e = reduce_exp<T>(x);
+  const Vec<T> y = e.scale + e.scale * e.p;
+  return x < Exp<T>::lowest ? Vec<T>{} : y;
+}
+template <class T>
+FA_INLINE Vec<T> vtanh(Vec<T> x) {
+  const IVec<T> sign = bits<T>(x) & bits<T>(splat<T>(static_cast<T>(-0.0)));
+  const Vec<T> twice = 2 * from_bits<T>(bits<T>(x) ^ sign);
+  const Vec<T> cap = splat<T>(Exp<T>::tanh_cap);
+  const Reduced<T> e = reduce_exp<T>(twice > cap ? cap : twice);
+  const Vec<T> m = e.scale * e.p + (e.scale - 1);
+  return from_bits<T>(bits<T>(m / (m + 2)) | sign);
+}
+template <class T>
+FA_INLINE T exp1(T x) {  // one value, by the same routine
+  return vexp<T>(splat<T>(x))[0];
+}
+
+FA_END

@@ -1,0 +1,71 @@
+// The one struct that crosses from Python into a kernel: plain numbers and pointers, no PyTorch type.
+#pragma once
+#include <cstdint>
+
+namespace fused_attention {
+
+// Codes shared with backends/cpu.py (DTYPE_CODES).
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, boolean = 4 };
+
+// Causal alignment when M != N. The diagonal of row i is the key i + diagonal, where diagonal is 0 for
+// `none` and `top_left`, and N - M for `bottom_right` (N the length of this batch element's keys).
+enum class Causal : int32_t { none = 0, top_left = 1, bottom_right = 2 };
+
+enum class Weights : int32_t { none = 0, mean = 1, heads = 2 };
+
+// A tensor of up to four dimensions. Strides are in elements; a broadcast dimension has stride 0.
+// data == nullptr: the tensor is absent.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride[4] = {0, 0, 0, 0};
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct AttentionParams {
+  // Dims. Packed sequences (cu_seqlens_q set): B sequences, M and N the longest of them.
+  int64_t B = 0, H = 0, HK = 0, M = 0, N = 0, D = 0, DV = 0;
+
+  // Inputs. The last dimension of q, k, v, out, dout, dq, dk, dv has stride 1.
+  Tensor q;      // [B, H, M, D]    packed: [1, H, T, D], the batch stride is 0
+  Tensor k;      // [B, HK, N, D]
+  Tensor v;      // [B, HK, N, DV]
+  Tensor mask;   // [B, H, M, N]    boolean (false hides) or floating (added; -inf hides)
+  Tensor bias;   // [B, H, M, N]    floating (added; -inf hides)
+  Tensor alibi;  // [B, H]          f32 slopes: -slope * |row + diagonal - column| is added
+  Tensor sinks;  // [H]             f32 (f64 where q is f64): exp(sink) joins the denominator
+  const int64_t* key_lengths = nullptr;   // [B]      keys at and past it are hidden
+  const int64_t* cu_seqlens_q = nullptr;  // [B + 1]  packed: first row of each sequence
+  const int64_t* cu_seqlens_k = nullptr;  // [B + 1]
+
+  // Options.
+  Causal causal = Causal::none;
+  int64_t window_left = -1, window_right = -1;  // keys diagonal - left .. diagonal + right; -1 is open
+  double scale = 1.0;
+  double softcap = 0.0;    // 0: none
+  double dropout_p = 0.0;  // in [0, 1)
+  uint64_t seed = 0;       // Philox key; counter (column / 4, row, head, batch), word column % 4
+  Weights weights_mode = Weights::none;
+  bool batch_invariant = false;
+  int32_t threads = 1;
+
+  // Outputs of the forward pass, inputs of the backward pass.
+  Tensor out;      // [B, H, M, DV]
+  Tensor lse;      // [B, H, M]     f32 (f64 where q is f64); natural log; -inf where no key is seen
+  Tensor weights;  // heads: [B, H, M, N]; mean: [B, (stride 0), M, N]; dtype of q, unit stride in N
+
+  // Backward pass: gradients that come in ...
+  Tensor dout;      // [B, H, M, DV]
+  Tensor dlse;      // [B, H, M]     dtype of lse; may be absent
+  Tensor dweights;  // as weights, any strides; may be absent
+  // ... and those that go out; an absent one is not computed.
+  Tensor dq;     // [B, H, M, D]
+  Tensor dk;     // [B, HK, N, D]
+  Tensor dv;     // [B, HK, N, DV]
+  Tensor dmask;  // [B, H, M, N]  dtype of lse, zero-stride dimensions are summed over in a fixed order
+  Tensor dbias;  // [B, H, M, N]  likewise
+  Tensor dsinks; // [H]           dtype of lse
+  Tensor delta;  // [B, H, M]     dtype of lse: workspace, rowsum(dout * out); may be absent
+};
+
+}  // namespace fused_attention
