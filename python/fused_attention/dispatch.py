@@ -1,0 +1,157 @@
+"""One ordered table of backends; who runs a call and why each other one does not."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from .backends import cpu, reference
+from .spec import ArgumentError, AttentionSpec, Device, Inputs, Outputs
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Backend(Protocol):
+    """What a module in `backends/` offers."""
+
+    def supports(self, spec: AttentionSpec, device: Device) -> str | None: ...
+
+    def forward(self, spec: AttentionSpec, x: Inputs) -> Outputs: ...
+
+    def backward(self, spec: AttentionSpec, x: Inputs, out: Outputs, grads: Gradients) -> dict[str, Tensor]: ...
+
+
+# In order of preference; the reference is last and refuses nothing.
+BACKENDS: dict[str, Backend] = {"cpu": cast(Backend, cpu), "reference": cast(Backend, reference)}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot run this call; the message holds the reason."""
+
+
+class FallbackWarning(UserWarning):
+    """`auto` fell to the reference, which needs O(M N) memory."""
+
+
+_request: contextvars.ContextVar[tuple[str, bool]] = contextvars.ContextVar("backend", default=("auto", True))
+
+
+@contextlib.contextmanager
+def use_backend(name: str, strict: bool = True) -> Iterator[None]:
+    """Run every call inside on the named backend.
+
+    Args:
+        name: "auto" (the best backend that supports the call) or a backend's name.
+        strict: a named backend that does not support a call raises `BackendError` with its reason. False: such a
+            call is chosen as by "auto".
+
+    Raises:
+        ArgumentError: no backend has this name.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ArgumentError(f"backend: got {name!r}, expected 'auto' or one of {list(BACKENDS)}")
+    token = _request.set((name, strict))
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend runs a call, and per backend None (able) or the reason why it is not."""
+
+    backend: str
+    reasons: dict[str, str | None]
+
+
+def select(spec: AttentionSpec, device: Device) -> Choice:
+    """Choose a backend for one call.
+
+    Raises:
+        BackendError: a backend was named with `strict=True` and does not support the call.
+    """
+    name, strict = _request.get()
+    reasons: dict[str, str | None] = {}
+    if name != "auto":
+        reasons[name] = BACKENDS[name].supports(spec, device)
+        if reasons[name] is None:
+            return Choice(name, reasons)
+        if strict:
+            raise BackendError(f"backend {name!r} was asked for and does not run this call: {reasons[name]}")
+    for candidate, backend in BACKENDS.items():
+        if candidate not in reasons:
+            reasons[candidate] = backend.supports(spec, device)
+        if reasons[candidate] is None:
+            break
+    else:
+        raise BackendError(f"no backend runs this call: {reasons}")
+    if candidate == "reference":
+        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason)
+        warnings.warn(
+            f"fused_attention runs the eager reference, which needs O(M N) memory ({why})",
+            FallbackWarning,
+            stacklevel=4,
+        )
+    return Choice(candidate, reasons)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: `str()` of it is a table, `to_dict()` is for machines."""
+
+    spec: AttentionSpec
+    device: Device
+    backend: str | None
+    reasons: dict[str, str | None]  # per backend: None if it can run the call
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        spec = asdict(self.spec)
+        for key in ("dtype", "mask", "bias"):
+            spec[key] = None if spec[key] is None else str(spec[key]).removeprefix("torch.")
+        spec["gradients"] = sorted(self.spec.gradients)
+        return {
+            "backend": self.backend,
+            "device": asdict(self.device),
+            "reasons": self.reasons,
+            "notes": self.notes,
+            "spec": spec,
+        }
+
+    def __str__(self) -> str:
+        s = self.spec
+        kind = "packed " if s.packed else ""
+        lines = [
+            f"attention {kind}B={s.batch} H={s.heads} HK={s.kv_heads} M={s.rows} N={s.columns} D={s.head_dim} "
+            f"DV={s.value_dim} {str(s.dtype).removeprefix('torch.')} on {self.device.arch or self.device.type}"
+        ]
+        for name, reason in self.reasons.items():
+            if name == self.backend:
+                state = "runs"
+            else:
+                state = "able, not needed" if reason is None else f"no: {reason}"
+            lines.append(f"  {name:<10} {state}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(spec: AttentionSpec, device: Device, notes: list[str]) -> Explanation:
+    """Ask every backend about one call, without running it."""
+    name, strict = _request.get()
+    reasons = {n: b.supports(spec, device) for n, b in BACKENDS.items()}
+    able = [n for n, reason in reasons.items() if reason is None]
+    if name == "auto" or (name not in able and not strict):
+        chosen = able[0] if able else None
+    else:
+        chosen = name if name in able else None
+    if chosen == "reference":
+        notes = [*notes, "the reference needs O(M N) memory"]
+    return Explanation(spec, device, chosen, reasons, notes)

@@ -1,0 +1,298 @@
+"""The public functions: what goes in, what comes out, and in which shapes.
+
+Formula (Vaswani et al., "Attention Is All You Need", 2017; the online softmax of Dao et al., "FlashAttention", 2022):
+
+    output = softmax(softcap(scale * Q K^T) + alibi + mask + bias) V
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch, philox
+from .spec import (
+    ArgumentError,
+    AttentionSpec,
+    Causal,
+    Device,
+    Inputs,
+    Options,
+    Outputs,
+    WeightsMode,
+    Window,
+    make_spec,
+)
+
+
+class AttentionResult(NamedTuple):
+    """What `attention` returns when more than the output was asked for.
+
+    output: [B, H, M, DV]. lse: [B, H, M], natural log, float32 (float64 for float64 inputs), or None. weights:
+    [B, M, N] ("mean") or [B, H, M, N] ("heads") in the query's dtype, or None.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+    weights: Tensor | None
+
+
+def _integers(name: str, t: Tensor | None) -> Tensor | None:
+    if t is None or not isinstance(t, Tensor) or t.dtype == torch.int64:
+        return t
+    if t.dtype in (torch.int32, torch.int16, torch.uint8):
+        return t.long()
+    raise ArgumentError(f"{name}.dtype: got {t.dtype}, expected an integer dtype (int32 or int64)")
+
+
+def _four_dims(t: Tensor | None) -> Tensor | None:
+    """A mask or bias of fewer dimensions, with leading dimensions of size 1, as broadcasting has it."""
+    if not isinstance(t, Tensor) or t.dim() >= 4:
+        return t
+    return t[(None,) * (4 - t.dim())]
+
+
+def _sides(window: Window | None) -> Window:
+    if window is None:
+        return (None, None)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: got {window!r}, expected (left, right), each an int of at least 0 or None")
+    return (window[0], window[1])
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast float32 and half tensors to autocast's dtype, as torch does for its own attention."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
+    if device is None or device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+
+
+def _any_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def _is_traced(query: object) -> bool:
+    """Whether the call must stay one op: a tracer, a dispatch mode or a tensor without plain data."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return isinstance(query, Tensor) and (
+        type(query) not in (Tensor, torch.nn.Parameter) or query.device.type == "meta"
+    )
+
+
+def _run(x: Inputs, o: Options) -> Outputs:
+    if o.dropout_p and isinstance(x.query, Tensor):
+        x = x._replace(seed=philox.draw_seed(x.query.device))
+    if _is_traced(x.query):
+        return autograd.run_op(x, o)
+    spec = make_spec(x, o)
+    return autograd.run(spec, dispatch.select(spec, Device.of(x.query)).backend, x)
+
+
+def _gather(
+    tensors: tuple[Any, ...],
+    key_lengths: Tensor | None,
+) -> Inputs:
+    if _any_autocast():
+        tensors = _autocast(*tensors)
+    query, key, value, mask, bias, alibi_slopes, sinks = tensors
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
+        alibi_slopes = alibi_slopes[None]
+    lengths = _integers("key_lengths", key_lengths)
+    return Inputs(query, key, value, _four_dims(mask), _four_dims(bias), alibi_slopes, sinks, lengths)
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: None = None,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: WeightsMode | None = None,
+    **options: Any,
+) -> AttentionResult: ...
+
+
+def attention(  # type: ignore[misc]  # the overloads leave the options to this signature
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    causal: Causal | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    return_weights: WeightsMode | None = None,
+) -> Tensor | AttentionResult:
+    """Exact softmax attention with O(M + N) memory.
+
+    A row that sees no key gives zeros, lse -inf and zero gradients. Keys that are hidden never reach the result, even
+    where they hold NaN. The output lies in memory in the query's order of dimensions.
+
+    Args:
+        query: [B, H, M, D]; float32, bfloat16, float16 or float64; any strides (a last dimension that is not
+            contiguous is copied).
+        key: [B, HK, N, D]; H is a multiple of HK: query head h reads key/value head h // (H // HK).
+        value: [B, HK, N, DV].
+        mask: bool (True is visible) or floating (added to the scores; -inf hides), broadcastable to [B, H, M, N].
+        bias: floating, added to the scores, broadcastable to [B, H, M, N]; its gradient is deterministic.
+        alibi_slopes: [H] or [B, H]; -slope * |diagonal - column| is added (Press et al., "ALiBi", 2022).
+        sinks: [H]; exp(sink) joins the softmax's denominator (as in gpt-oss).
+        key_lengths: [B] integers; keys at and past the length are hidden.
+        causal: hide keys right of the diagonal. "top_left": row i's diagonal is key i (torch's `is_causal`);
+            "bottom_right": key i + N - M (N is `key_lengths[b]` where given), for decoding.
+        window: (left, right): hide keys farther than this from the diagonal; None is open. Without `causal` the
+            diagonal is that of "top_left".
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        scale: multiplies QK^T; default 1 / sqrt(D).
+        dropout_p: probability that a weight is zeroed, from torch's generator; the others grow by 1 / (1 - p).
+        batch_invariant: rows are bit-equal whatever else is in the batch.
+        return_lse: also return the log-sum-exp of the scores.
+        return_weights: also return the attention weights, averaged over heads ("mean") or per head ("heads").
+
+    Returns:
+        The output [B, H, M, DV], or an `AttentionResult` if `return_lse` or `return_weights` is set.
+
+    Raises:
+        ArgumentError: (a ValueError) a shape, dtype, device or value is wrong; nothing was launched.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend named by `use_backend` does not support the call.
+    """
+    left, right = (None, None) if window is None else _sides(window)
+    x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
+    o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
+    out = _run(x, o)
+    if not return_lse and return_weights is None:
+        return out.output
+    return AttentionResult(out.output, out.lse if return_lse else None, out.weights)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: Causal | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+) -> Tensor | AttentionResult:
+    """`attention` over packed sequences of different lengths, none of which sees another.
+
+    Args:
+        query: [T, H, D], the sequences one after another.
+        key: [TK, HK, D].
+        value: [TK, HK, DV].
+        cu_seqlens_q: [B + 1] integers, where each sequence starts in `query`; from 0 to T. A sequence may be empty.
+        cu_seqlens_k: [B + 1] integers, likewise in `key` and `value`.
+        max_seqlen_q: the longest query sequence; found from `cu_seqlens_q` when None.
+        max_seqlen_k: the longest key sequence.
+        alibi_slopes: [H] or [B, H].
+
+    The other arguments and the errors are those of `attention`; alignments count within each sequence.
+
+    Returns:
+        The output [T, H, DV], or an `AttentionResult` with lse [H, T] if `return_lse` is set.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a Tensor")
+        if t.dim() != 3:
+            raise ArgumentError(f"{name}: got {t.dim()} dimensions {list(t.shape)}, expected 3 dimensions [T, H, D]")
+    left, right = _sides(window)
+    x = _gather((query, key, value, None, None, alibi_slopes, sinks), None)
+    x = x._replace(
+        query=x.query.transpose(0, 1).unsqueeze(0),  # [1, H, T, D]
+        key=x.key.transpose(0, 1).unsqueeze(0),
+        value=x.value.transpose(0, 1).unsqueeze(0),
+        cu_seqlens_q=_integers("cu_seqlens_q", cu_seqlens_q),
+        cu_seqlens_k=_integers("cu_seqlens_k", cu_seqlens_k),
+    )
+    options = (causal, left, right, softcap, scale, dropout_p, batch_invariant, None)
+    out = _run(x, Options(*options, max_seqlen_q, max_seqlen_k))
+    output = out.output.squeeze(0).transpose(0, 1)
+    return AttentionResult(output, out.lse.squeeze(0), None) if return_lse else output
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    causal: Causal | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    return_weights: WeightsMode | None = None,
+) -> dispatch.Explanation:
+    """Which backend would run this call of `attention`, and why each other one would not. Nothing is computed.
+
+    Takes the arguments of `attention`, and raises as it does.
+
+    Returns:
+        An `Explanation`: `str()` of it is a table for people, `to_dict()` plain data for machines.
+    """
+    left, right = _sides(window)
+    x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
+    spec = make_spec(x, Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights))
+    return dispatch.explain(spec, Device.of(x.query), _notes(x, spec))
+
+
+def _notes(x: Inputs, spec: AttentionSpec) -> list[str]:
+    notes: list[str] = []
+    for name in ("query", "key", "value"):
+        t = getattr(x, name)
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            notes.append(f"{name} is copied: its last dimension has stride {t.stride(-1)}, not 1")
+    if spec.gradients:
+        notes.append("a second derivative runs through the reference's graph, O(M N) memory")
+    if spec.weights:
+        shape = (spec.batch, spec.rows, spec.columns)
+        full = shape if spec.weights == "mean" else (spec.batch, spec.heads, *shape[1:])
+        notes.append(f"the weights asked for are a tensor of {list(full)}, filled in a second pass")
+    return notes

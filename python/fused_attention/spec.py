@@ -1,0 +1,393 @@
+"""The vocabulary of the package: what one attention call is, and the only place where arguments are checked.
+
+`AttentionSpec` is frozen, hashable and holds no tensor; backends answer `supports(spec, device)` from it alone.
+`Inputs` and `Outputs` carry the tensors beside it. This module imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Causal = Literal["top_left", "bottom_right"]
+Window = tuple[int | None, int | None]
+WeightsMode = Literal["mean", "heads"]
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A bad argument. Both a `ValueError` and the `RuntimeError` that PyTorch raises for the same mistake."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, validated and in kernel layout.
+
+    query [B, H, M, D], key [B, HK, N, D], value [B, HK, N, DV]; packed sequences are [1, H, T, D] with cumulative
+    lengths. mask and bias keep their own sizes, 1 where they broadcast: [B|1, H|1, M|1, N|1].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None  # [B|1, H] float32
+    sinks: Tensor | None = None  # [H]
+    key_lengths: Tensor | None = None  # [B] int64
+    cu_seqlens_q: Tensor | None = None  # [B + 1] int64
+    cu_seqlens_k: Tensor | None = None  # [B + 1] int64
+    seed: Tensor | None = None  # [1] int64, the Philox key of the dropout mask
+
+
+_NOTHING: frozenset[str] = frozenset()
+DIFFERENTIABLE = ("query", "key", "value", "mask", "bias", "alibi_slopes", "sinks")
+
+
+class Outputs(NamedTuple):
+    """output [B, H, M, DV]; lse [B, H, M]; weights [B, M, N] ("mean") or [B, H, M, N] ("heads") or None."""
+
+    output: Tensor
+    lse: Tensor
+    weights: Tensor | None
+
+
+class Options(NamedTuple):
+    """Everything a caller chooses that is not a tensor; flat, so that a torch.library op can carry it."""
+
+    causal: Causal | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    batch_invariant: bool = False
+    weights: WeightsMode | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention problem without its data: sizes, dtype, options, which tensors are present or need gradients."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    rows: int  # M; the longest sequence where packed
+    columns: int  # N; likewise
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    scale: float
+    causal: Causal | None = None
+    window: Window | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    batch_invariant: bool = False
+    weights: WeightsMode | None = None
+    packed: bool = False
+    mask: torch.dtype | None = None
+    bias: torch.dtype | None = None
+    alibi_slopes: bool = False
+    sinks: bool = False
+    key_lengths: bool = False
+    gradients: frozenset[str] = field(default_factory=frozenset)
+    transform: str | None = None  # "forward-mode AD", "torch.func": the call is traced by a transform of torch
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def diagonal_is_bottom_right(self) -> bool:
+        return self.causal == "bottom_right"
+
+    @property
+    def hides(self) -> bool:
+        """Whether any option can hide a key from a row."""
+        return bool(self.causal or self.window or self.mask or self.bias or self.key_lengths or self.packed)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as a backend needs to see it: the kind of tensor and the instruction set or architecture."""
+
+    type: str  # "cpu", "cuda", "mps", "meta", ...
+    arch: str | None = None  # "sm_90", "gfx942"; None on a CPU
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Device:
+        if tensor.is_cpu:
+            return _CPU
+        if tensor.device.type != "cuda":
+            return cls(tensor.device.type)
+        properties = torch.cuda.get_device_properties(tensor.device)
+        if torch.version.hip:
+            return cls("cuda", properties.gcnArchName.split(":")[0])
+        return cls("cuda", f"sm_{properties.major}{properties.minor}")
+
+
+_CPU = Device("cpu")
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(int(n)) if isinstance(n, int) else str(n) for n in tensor.shape) + "]"
+
+
+def _need(ok: bool, name: str, was: object, expected: str) -> None:
+    if not ok:
+        raise ArgumentError(f"{name}: got {was}, expected {expected}")
+
+
+def _need_tensor(name: str, value: object, optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, Tensor):
+        kind = "a Tensor or None" if optional else "a Tensor"
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+
+
+def _number(name: str, value: object, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected {expected}")
+    return float(value)
+
+
+def _qkv_agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """All that `_check_qkv` checks, without composing a message: this is on the path of every call."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not q.dtype == k.dtype == v.dtype or q.dtype not in FLOAT_DTYPES:
+        return False
+    (b, h, _, d), (kb, hk, n, kd), (vb, vh, vn, _) = q.shape, k.shape, v.shape
+    if not (kb == b and vb == b and kd == d and vh == hk and vn == n and d > 0 and hk > 0 and h % hk == 0):
+        return False
+    if not q.device == k.device == v.device:
+        return False
+    return q.layout == k.layout == v.layout == torch.strided
+
+
+def _check_qkv(x: Inputs) -> None:
+    q, k, v = x.query, x.key, x.value
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and _qkv_agree(q, k, v):
+        return
+    for name, t in (("query", q), ("key", k), ("value", v)):
+        _need_tensor(name, t, optional=False)
+        _need(t.layout == torch.strided, f"{name}.layout", t.layout, "a strided (dense) tensor")
+        _need(t.dim() == 4, name, f"{t.dim()} dimensions {_shape(t)}", "4 dimensions [B, H, S, D]")
+        _need(t.dtype in FLOAT_DTYPES, f"{name}.dtype", t.dtype, "float32, bfloat16, float16 or float64")
+        _need(t.dtype == q.dtype, f"{name}.dtype", t.dtype, f"query's {q.dtype}")
+        _need(t.device == q.device, f"{name}.device", t.device, f"query's {q.device}")
+    b, h, _, d = q.shape
+    _need(k.shape[0] == b, "key", f"batch size {k.shape[0]} in {_shape(k)}", f"query's batch size {b}")
+    _need(v.shape[0] == b, "value", f"batch size {v.shape[0]} in {_shape(v)}", f"query's batch size {b}")
+    _need(k.shape[3] == d, "key", f"head dim {k.shape[3]} in {_shape(k)}", f"query's head dim {d}")
+    _need(v.shape[1] == k.shape[1], "value", f"{v.shape[1]} heads in {_shape(v)}", f"key's {k.shape[1]} heads")
+    _need(v.shape[2] == k.shape[2], "value", f"length {v.shape[2]} in {_shape(v)}", f"key's length {k.shape[2]}")
+    hk = k.shape[1]
+    ok = h % hk == 0 if hk else h == 0
+    _need(ok, "key", f"{hk} heads in {_shape(k)}", f"a number of heads that divides query's {h}")
+    _need(d > 0, "query", f"head dim 0 in {_shape(q)}", "a head dim of at least 1")
+
+
+def _check_additive(name: str, t: Tensor | None, x: Inputs, full: tuple[int, ...], boolean: bool) -> None:
+    _need_tensor(name, t)
+    if t is None:
+        return
+    kinds = "bool, float32, bfloat16, float16 or float64" if boolean else "float32, bfloat16, float16 or float64"
+    _need(t.dtype in FLOAT_DTYPES or (boolean and t.dtype == torch.bool), f"{name}.dtype", t.dtype, kinds)
+    _need(t.device == x.query.device, f"{name}.device", t.device, f"query's {x.query.device}")
+    ok = t.dim() == 4 and all(have in (1, want) for have, want in zip(t.shape, full, strict=True))
+    _need(ok, name, f"shape {_shape(t)}", f"a shape that broadcasts to [B, H, M, N] = {list(full)}")
+
+
+def _check_vector(name: str, t: Tensor | None, x: Inputs, shapes: tuple[tuple[int, ...], ...]) -> None:
+    _need_tensor(name, t)
+    if t is None:
+        return
+    _need(t.device == x.query.device, f"{name}.device", t.device, f"query's {x.query.device}")
+    _need(tuple(t.shape) in shapes, name, f"shape {_shape(t)}", "shape " + " or ".join(str(list(s)) for s in shapes))
+
+
+def _check_offsets(name: str, t: Tensor | None, x: Inputs, total: int, what: str) -> None:
+    _need_tensor(name, t, optional=False)
+    assert t is not None
+    _need(t.dim() == 1 and t.shape[0] >= 1, name, f"shape {_shape(t)}", "shape [B + 1]")
+    _need(t.dtype == torch.int64, f"{name}.dtype", t.dtype, "an integer dtype (int32 or int64)")
+    _need(t.device == x.query.device, f"{name}.device", t.device, f"query's {x.query.device}")
+    if not _readable(t):
+        return
+    offsets = t.tolist()
+    _need(offsets[0] == 0, name, f"a first offset of {offsets[0]}", "0")
+    _need(offsets[-1] == total, name, f"a last offset of {offsets[-1]}", f"{what}'s total length {total}")
+    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        _need(a <= b, name, f"{a} then {b} at position {i}", "offsets that never fall")
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether the values can be looked at without a device synchronisation: real CPU data only."""
+    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and not _in_transform()
+
+
+def _in_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _check_lengths(x: Inputs, batch: int, columns: int) -> None:
+    t = x.key_lengths
+    _check_vector("key_lengths", t, x, ((batch,),))
+    if t is None:
+        return
+    _need(t.dtype == torch.int64, "key_lengths.dtype", t.dtype, "an integer dtype (int32 or int64)")
+    if _readable(t) and t.numel():
+        low, high = (int(n) for n in t.aminmax())
+        _need(low >= 0, "key_lengths", f"a length of {low}", f"lengths in 0 .. {columns}")
+        _need(high <= columns, "key_lengths", f"a length of {high}", f"lengths in 0 .. {columns}")
+
+
+_DEFAULTS = Options()
+
+
+def _check_options(o: Options) -> None:
+    if o == _DEFAULTS:
+        return
+    if o.causal is not None and o.causal not in ("top_left", "bottom_right"):
+        if isinstance(o.causal, str):
+            raise ArgumentError(f"causal: got {o.causal!r}, expected 'top_left', 'bottom_right' or None")
+        raise TypeError(f"causal: got {o.causal!r}, expected 'top_left', 'bottom_right' or None")
+    for name, side in (("window[0] (left)", o.window_left), ("window[1] (right)", o.window_right)):
+        if side is not None:
+            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+                raise TypeError(f"{name}: got {side!r}, expected an int of at least 0, or None")
+            _need(side >= 0, name, side, "an int of at least 0, or None")
+    if o.softcap is not None:
+        cap = _number("softcap", o.softcap, "a positive number or None")
+        _need(math.isfinite(cap) and cap > 0, "softcap", cap, "a positive, finite number or None")
+    if o.scale is not None:
+        scale = _number("scale", o.scale, "a number or None")
+        _need(math.isfinite(scale), "scale", scale, "a finite number or None")
+    p = _number("dropout_p", o.dropout_p, "a probability in [0, 1]")
+    _need(0.0 <= p <= 1.0, "dropout_p", p, "a probability in [0, 1]")
+    if o.weights not in (None, "mean", "heads"):
+        raise ArgumentError(f"return_weights: got {o.weights!r}, expected 'mean', 'heads' or None")
+    if not isinstance(o.batch_invariant, bool):
+        raise TypeError(f"batch_invariant: got {o.batch_invariant!r}, expected a bool")
+
+
+def _check_optional(x: Inputs, full: tuple[int, int, int, int]) -> None:
+    batch, heads, _, columns = full
+    _check_additive("mask", x.mask, x, full, boolean=True)
+    _check_additive("bias", x.bias, x, full, boolean=False)
+    _check_vector("alibi_slopes", x.alibi_slopes, x, ((batch, heads), (1, heads)))
+    _check_vector("sinks", x.sinks, x, ((heads,),))
+    for name in ("alibi_slopes", "sinks"):
+        t = getattr(x, name)
+        if t is not None:
+            _need(t.dtype in FLOAT_DTYPES, f"{name}.dtype", t.dtype, "a floating dtype")
+    _check_lengths(x, batch, columns)
+
+
+def _longest(t: Tensor, given: int | None, name: str) -> int:
+    if given is None:
+        return int((t[1:] - t[:-1]).max()) if t.shape[0] > 1 else 0
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {given!r}, expected an int or None")
+    if _readable(t) and t.shape[0] > 1:
+        longest = int((t[1:] - t[:-1]).max())
+        _need(given >= longest, name, given, f"at least the longest sequence, {longest}")
+    return given
+
+
+def transform_of(x: Inputs) -> str | None:
+    """The torch transform that is tracing these tensors, if any: kernels see only plain data."""
+    if _in_transform():
+        return "torch.func"
+    if torch.autograd.forward_ad._current_level >= 0:
+        for t in x:
+            if t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
+                return "forward-mode AD"
+    return None
+
+
+def make_spec(x: Inputs, o: Options) -> AttentionSpec:
+    """Validate one call and describe it.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value is wrong; the message names the argument, what it was and
+            what was expected.
+        TypeError: an argument is of the wrong Python type.
+    """
+    _check_options(o)
+    _check_qkv(x)
+    batch, heads, rows, head_dim = x.query.shape
+    kv_heads, columns, value_dim = x.key.shape[1], x.key.shape[2], x.value.shape[3]
+    packed = x.cu_seqlens_q is not None or x.cu_seqlens_k is not None
+    if packed:
+        _check_offsets("cu_seqlens_q", x.cu_seqlens_q, x, rows, "query")
+        _check_offsets("cu_seqlens_k", x.cu_seqlens_k, x, columns, "key")
+        assert x.cu_seqlens_q is not None and x.cu_seqlens_k is not None
+        batch = x.cu_seqlens_q.shape[0] - 1
+        offsets = f"{x.cu_seqlens_k.shape[0]} offsets"
+        _need(x.cu_seqlens_k.shape[0] == batch + 1, "cu_seqlens_k", offsets, f"{batch + 1}, as cu_seqlens_q")
+        rows = _longest(x.cu_seqlens_q, o.max_seqlen_q, "max_seqlen_q")
+        columns = _longest(x.cu_seqlens_k, o.max_seqlen_k, "max_seqlen_k")
+    if any(t is not None for t in x[3:8]):
+        _check_optional(x, (batch, heads, rows, columns))
+    gradients = _NOTHING
+    if torch.is_grad_enabled():
+        gradients = frozenset(n for n, t in zip(Inputs._fields, x, strict=True) if t is not None and t.requires_grad)
+    window = None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right)
+    return AttentionSpec(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        rows=rows,
+        columns=columns,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=x.query.dtype,
+        scale=head_dim**-0.5 if o.scale is None else float(o.scale),
+        causal=o.causal,
+        window=window,
+        softcap=None if o.softcap is None else float(o.softcap),
+        dropout_p=float(o.dropout_p),
+        batch_invariant=o.batch_invariant,
+        weights=o.weights,
+        packed=packed,
+        mask=None if x.mask is None else x.mask.dtype,
+        bias=None if x.bias is None else x.bias.dtype,
+        alibi_slopes=x.alibi_slopes is not None,
+        sinks=x.sinks is not None,
+        key_lengths=x.key_lengths is not None,
+        gradients=gradients,
+        transform=transform_of(x),
+    )
+
+
+def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
+    """An uninitialised output [batch, H, M, value_dim] whose dimensions lie in memory in the query's order.
+
+    A query that is a strided view of a projection [M, B, 3, H, D] gives an output laid out as [M, B, H, value_dim],
+    which the next projection reads without a copy.
+    """
+    _, heads, rows, _ = query.shape
+    if query.is_contiguous():
+        return query.new_empty(batch, heads, rows, value_dim)
+    sizes = (batch, heads, rows)
+    # A dimension of size 1 carries no order of its own: keep it outermost, so that it never splits the others.
+    strides = query.stride()
+    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 else 1, -strides[d]))
+    shape = [sizes[d] for d in order] + [value_dim]
+    inverse = [order.index(d) for d in range(3)] + [3]
+    return query.new_empty(shape).permute(inverse)
