@@ -1,0 +1,24 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Two pytest workers share the cores: without this each would start a thread per core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill memory from torch.empty with NaN (integers: the largest value), as torch does in deterministic mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    assert torch.empty(3).isnan().all() and torch.randn(2, 3).new_empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
