@@ -55,6 +55,7 @@ static const Field kFields[] = {
     FIELD(threads, int32),
     FIELD(out, tensor),
     FIELD(lse, tensor),
+    FIELD(stats, tensor),
     FIELD(weights, tensor),
     FIELD(dout, tensor),
     FIELD(dlse, tensor),

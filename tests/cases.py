@@ -234,11 +234,12 @@ def _joined(parts: tuple[Any, ...]) -> Any:
 def draws(case: Case) -> int:
     """How many seeds a case is checked over at once.
 
-    The rule compares two maxima. Over the few numbers of a tiny problem that is a comparison of two coin tosses, so
-    tiny problems are drawn several times and the maxima are taken over all draws.
+    The rule compares two maxima. Over the few numbers of a tiny result (dsinks has one per head) that is a comparison
+    of two coin tosses, so such problems are drawn several times and the maxima are taken over all draws.
     """
     b, h, _, m, _, _, dv = case.sizes
-    return max(1, min(16, 16384 // max(b * h * m * dv, 1)))
+    wanted = 16384 // max(b * h * m * dv, 1)
+    return max(1, min(16, max(wanted, 64 // h) if case.sinks or case.alibi else wanted))
 
 
 def check(case: Case, backend: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:

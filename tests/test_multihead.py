@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fused_attention.nn as fused
 
 from .multihead_yardstick import exact_multihead, plain_multihead
-from .numerics import assert_close
+from .numerics import Mismatch, assert_close
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched"),
@@ -294,21 +294,27 @@ def compare(case: Case, mode: str, draws: list[tuple[dict[str, Any], dict[str, A
             worst[kind] = max(worst.get(kind, 0.0), figures["error"] / figures["allowed"])
 
 
+def _draw(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    module, problem = make(case, seed)
+    ours = like(fused.MultiheadAttention, module, case)
+    train, evaluated, without_grad = (run(ours.train(mode == "train"), problem, mode != "no_grad") for mode in MODES)
+    # The same numbers in every mode: what holds for one then holds for all.
+    for name, value in train.items():
+        assert torch.equal(value, evaluated[name]), f"{case}: {name} differs between train and eval"
+        if not name.startswith("gradient"):
+            assert torch.equal(value, without_grad[name]), f"{case}: {name} differs without gradients"
+    return train, *yardsticks(module, problem)
+
+
 def check(case: Case, seed: int) -> None:
-    draws = []
-    for draw in range(DRAWS["batched" if case.batched else "unbatched"]):
-        module, problem = make(case, 100 * seed + draw)
-        ours = like(fused.MultiheadAttention, module, case)
-        train, evaluated, without_grad = (
-            run(ours.train(mode == "train"), problem, mode != "no_grad") for mode in MODES
-        )
-        # The same numbers in every mode: what holds for one then holds for all.
-        for name, value in train.items():
-            assert torch.equal(value, evaluated[name]), f"{case}: {name} differs between train and eval"
-            if not name.startswith("gradient"):
-                assert torch.equal(value, without_grad[name]), f"{case}: {name} differs without gradients"
-        draws.append((train, *yardsticks(module, problem)))
-    compare(case, "train", draws)
+    """The rule over a few draws; where it does not hold, over four times as many, which tells a bug from bad luck."""
+    count = DRAWS["batched" if case.batched else "unbatched"]
+    draws = [_draw(case, 100 * seed + i) for i in range(count)]
+    try:
+        compare(case, "train", draws)
+    except Mismatch:
+        draws += [_draw(case, 100 * seed + i) for i in range(count, 4 * count)]
+        compare(case, "train", draws)
 
 
 @pytest.mark.parametrize("item", PLAN)

@@ -226,7 +226,7 @@ template <class T>
   const Plan<T>& f = *static_cast<const Plan<T>*>(plan);
   const AttentionParams& p = f.p;
   const double sink = static_cast<double>(*element<T>(p.sinks, h, 0, 0));
-  double sum = 0;
+  double sum = 0, lost = 0;  // Kahan: one sum over all rows of all batches
   for (int64_t b = 0; b < p.B; ++b) {
     const Problem x = make_problem(p, b, h);
     for (int64_t i = 0; i < x.rows; ++i) {
@@ -234,7 +234,9 @@ template <class T>
       if (lse == -kInf<double>) continue;
       double delta = static_cast<double>(*element<T>(p.delta, x.batch, h, x.row0 + i));
       if (f.rest) delta += static_cast<double>(f.rest[rest_index(x, i)]);
-      sum -= __builtin_exp(sink - lse) * delta;
+      const double term = -__builtin_exp(sink - lse) * delta - lost, next = sum + term;
+      lost = (next - sum) - term;
+      sum = next;
     }
   }
   *element<T>(p.dsinks, h, 0, 0) = static_cast<T>(sum);

@@ -86,18 +86,23 @@ template <class T>
   for (int i = 0; i < rows; ++i) {
     const double m = static_cast<double>(w.m[i]), l = static_cast<double>(w.l[i]);
     const bool dead = m == -kInf<double> && l == 0.0;
-    T factor = 0;
+    T divisor = 1, stats[2] = {0, 0};
     double lse = -kInf<double>;
     if (!dead) {
       const double top = sink > m ? sink : m, shrink = top == m ? 1.0 : __builtin_exp(m - top);
       const double total = l * shrink + (p.sinks.data ? __builtin_exp(sink - top) : 0.0);
-      factor = static_cast<T>(shrink / total) * keep;
+      divisor = static_cast<T>(total / shrink);
       lse = top + __builtin_log(total);
+      stats[0] = static_cast<T>(top), stats[1] = static_cast<T>(1.0 / total);
     }
     T* o = w.o + i * f.ldo;
     if (dead)  // what a hidden Inf may have left there
       for (int64_t j = 0; j < p.DV; ++j) o[j] = 0;
-    store_row(address(p.out, x.batch, x.h, x.row0 + row + i), p.out.dtype, o, factor, p.DV);
+    for (int64_t j = 0; j < f.ldo; ++j) o[j] /= divisor;
+    store_row(address(p.out, x.batch, x.h, x.row0 + row + i), p.out.dtype, o, keep, p.DV);
+    if (p.stats.data)
+      for (int j = 0; j < 2; ++j)
+        *reinterpret_cast<T*>(address(p.stats, x.batch, x.h, x.row0 + row + i, j)) = stats[j];
     if (p.lse.data) *element<T>(p.lse, x.batch, x.h, x.row0 + row + i) = static_cast<T>(lse);
   }
 }

@@ -86,7 +86,7 @@ FA_INLINE Span whole_vectors(Span s, int vector) {
   return {s.lo / vector * vector, static_cast<int>(round_up(s.hi, vector))};
 }
 
-// s = P on the tile: defined on the span of each row's panel, rounded out to whole vectors.
+// s = P on the tile, from the row's stats where the forward pass left them, else from lse: defined on the span of each row's panel, rounded out to whole vectors.
 template <class T>
 [[maybe_unused]] static void probabilities(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w) {
   dot_products<T>(t.rows, t.keys, static_cast<int>(f.p.D), dot_piece(f.p.M, f.p.N), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
@@ -94,8 +94,15 @@ template <class T>
   finish_scores<T>(x, t, w.s, f.lds, w.slope, w.row);
   for (int i = 0; i < t.rows; ++i) {
     const Span v = whole_vectors(panel_span(t, i), VL<T>);
-    const T lse = *element<T>(f.p.lse, x.batch, x.h, x.row0 + t.row + i);
-    probabilities_row<T>(w.s + i * f.lds, v.lo, v.hi, lse);
+    const int64_t at = x.row0 + t.row + i;
+    T* s = w.s + i * f.lds;
+    if (f.p.stats.data) {
+      const T* stats = reinterpret_cast<const T*>(address(f.p.stats, x.batch, x.h, at));
+      probabilities_row<T>(s, v.lo, v.hi, stats[0]);
+      for (int j = v.lo; j < v.hi; ++j) s[j] *= stats[1];
+    } else {
+      probabilities_row<T>(s, v.lo, v.hi, *element<T>(f.p.lse, x.batch, x.h, at));
+    }
   }
 }
 

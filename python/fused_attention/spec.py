@@ -375,19 +375,22 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     )
 
 
+def memory_order(query: Tensor) -> tuple[list[int], list[int]]:
+    """The order in which the dimensions of [B, H, M, D] lie in memory, outermost first, and the permutation back."""
+    # A dimension of size 1 carries no order of its own: keep it outermost, so that it never splits the others.
+    sizes, strides = query.shape, query.stride()
+    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 else 1, -strides[d])) + [3]
+    return order, [order.index(d) for d in range(4)]
+
+
 def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
     """An uninitialised output [batch, H, M, value_dim] whose dimensions lie in memory in the query's order.
 
     A query that is a strided view of a projection [M, B, 3, H, D] gives an output laid out as [M, B, H, value_dim],
     which the next projection reads without a copy.
     """
-    _, heads, rows, _ = query.shape
+    shape = (batch, query.shape[1], query.shape[2], value_dim)
     if query.is_contiguous():
-        return query.new_empty(batch, heads, rows, value_dim)
-    sizes = (batch, heads, rows)
-    # A dimension of size 1 carries no order of its own: keep it outermost, so that it never splits the others.
-    strides = query.stride()
-    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 else 1, -strides[d]))
-    shape = [sizes[d] for d in order] + [value_dim]
-    inverse = [order.index(d) for d in range(3)] + [3]
-    return query.new_empty(shape).permute(inverse)
+        return query.new_empty(shape)
+    order, back = memory_order(query)
+    return query.new_empty([shape[d] for d in order]).permute(back)

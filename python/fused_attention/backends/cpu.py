@@ -139,6 +139,9 @@ def forward(spec: AttentionSpec, x: Inputs) -> Outputs:
     lse = torch.empty(query.shape[:3], dtype=spec.lse_dtype)
     args["out"] = _packed_argument(spec, output)
     args["lse"] = _packed_argument(spec, lse)
+    if spec.weights is not None:
+        stats = query.new_empty(*query.shape[:3], 2, dtype=spec.lse_dtype)
+        args["stats"] = _packed_argument(spec, stats)
     _C.attention_forward(args)
     weights = None
     if spec.weights is not None:

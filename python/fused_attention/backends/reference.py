@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ..spec import AttentionSpec, Device, Inputs, Outputs
+from ..spec import AttentionSpec, Device, Inputs, Outputs, memory_order
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:
@@ -130,8 +130,16 @@ def forward(spec: AttentionSpec, x: Inputs, compute_dtype: torch.dtype | None = 
     compute_dtype: default `spec.lse_dtype`; the inputs' own dtype gives what plain eager code in that dtype gives.
     """
     acc = compute_dtype or spec.lse_dtype
-    if not spec.packed:
-        return _attend(spec, x, torch.arange(spec.batch, device=x.query.device), acc)
+    if spec.packed:
+        out = _attend_packed(spec, x, acc)
+    else:
+        out = _attend(spec, x, torch.arange(spec.batch, device=x.query.device), acc)
+    order, back = memory_order(x.query)
+    return out._replace(output=out.output.permute(order).contiguous().permute(back))
+
+
+def _attend_packed(spec: AttentionSpec, x: Inputs, acc: torch.dtype) -> Outputs:
+    """One sequence at a time."""
     assert x.cu_seqlens_q is not None and x.cu_seqlens_k is not None
     starts_q, starts_k = x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist()
     parts: list[Outputs] = []
