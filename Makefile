@@ -1,6 +1,6 @@
 # Everything happens in $(VENV); nothing outside this folder is changed.
 #
-#   make demo TORCH_ARGS="--index-url URL"   another build of torch than pip's own choice
+#   make demo TORCH_ARGS="..."               arguments for installing torch, such as where another build is
 #   make test PYTEST_ARGS="-k varlen -x"     arguments for pytest
 #   make demo DEMO_ARGS="--quick"            arguments for the example
 

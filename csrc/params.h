@@ -27,13 +27,13 @@ struct AttentionParams {
   int64_t B = 0, H = 0, HK = 0, M = 0, N = 0, D = 0, DV = 0;
 
   // Inputs. The last dimension of q, k, v, out, dout, dq, dk, dv has stride 1.
-  Tensor q;      // [B, H, M, D]    packed: [1, H, T, D], the batch stride is 0
-  Tensor k;      // [B, HK, N, D]
-  Tensor v;      // [B, HK, N, DV]
-  Tensor mask;   // [B, H, M, N]    boolean (false hides) or floating (added; -inf hides)
-  Tensor bias;   // [B, H, M, N]    floating (added; -inf hides)
-  Tensor alibi;  // [B, H]          f32 slopes: -slope * |row + diagonal - column| is added
-  Tensor sinks;  // [H]             f32 (f64 where q is f64): exp(sink) joins the denominator
+  Tensor q;                               // [B, H, M, D]    packed: [1, H, T, D], the batch stride is 0
+  Tensor k;                               // [B, HK, N, D]
+  Tensor v;                               // [B, HK, N, DV]
+  Tensor mask;                            // [B, H, M, N]    boolean (false hides) or floating (added; -inf hides)
+  Tensor bias;                            // [B, H, M, N]    floating (added; -inf hides)
+  Tensor alibi;                           // [B, H]          f32 slopes: -slope * |row + diagonal - column| is added
+  Tensor sinks;                           // [H]             f32 (f64 where q is f64): exp(sink) joins the denominator
   const int64_t* key_lengths = nullptr;   // [B]      keys at and past it are hidden
   const int64_t* cu_seqlens_q = nullptr;  // [B + 1]  packed: first row of each sequence
   const int64_t* cu_seqlens_k = nullptr;  // [B + 1]
@@ -50,11 +50,11 @@ struct AttentionParams {
   int32_t threads = 1;
 
   // Outputs of the forward pass, inputs of the backward pass.
-  Tensor out;      // [B, H, M, DV]
-  Tensor lse;      // [B, H, M]     f32 (f64 where q is f64); natural log; -inf where no key is seen
+  Tensor out;  // [B, H, M, DV]
+  Tensor lse;  // [B, H, M]     f32 (f64 where q is f64); natural log; -inf where no key is seen
   // Workspace between the forward and the weights pass, may be absent: the largest score of a row and 1 / (the sum of
   // exp(score - largest)), (0, 0) where no key is seen. Weights from lse alone would carry its rounding.
-  Tensor stats;  // [B, H, M, 2]  dtype of lse
+  Tensor stats;    // [B, H, M, 2]  dtype of lse
   Tensor weights;  // heads: [B, H, M, N]; mean: [B, (stride 0), M, N]; dtype of q, unit stride in N
 
   // Backward pass: gradients that come in ...
@@ -62,13 +62,13 @@ struct AttentionParams {
   Tensor dlse;      // [B, H, M]     dtype of lse; may be absent
   Tensor dweights;  // as weights, any strides; may be absent
   // ... and those that go out; an absent one is not computed.
-  Tensor dq;     // [B, H, M, D]
-  Tensor dk;     // [B, HK, N, D]
-  Tensor dv;     // [B, HK, N, DV]
-  Tensor dmask;  // [B, H, M, N]  dtype of lse, zero-stride dimensions are summed over in a fixed order
-  Tensor dbias;  // [B, H, M, N]  likewise
-  Tensor dsinks; // [H]           dtype of lse
-  Tensor delta;  // [B, H, M]     dtype of lse: workspace, rowsum(dout * out); may be absent
+  Tensor dq;      // [B, H, M, D]
+  Tensor dk;      // [B, HK, N, D]
+  Tensor dv;      // [B, HK, N, DV]
+  Tensor dmask;   // [B, H, M, N]  dtype of lse, zero-stride dimensions are summed over in a fixed order
+  Tensor dbias;   // [B, H, M, N]  likewise
+  Tensor dsinks;  // [H]           dtype of lse
+  Tensor delta;   // [B, H, M]     dtype of lse: workspace, rowsum(dout * out); may be absent
 };
 
 }  // namespace fused_attention

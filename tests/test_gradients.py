@@ -186,10 +186,13 @@ def test_exported_program_runs() -> None:
     torch.testing.assert_close(program.module()(q, k, v), fa.attention(q, k, v, window=(3, 3)))
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_casts_the_inputs_and_nothing_inside(backend: str) -> None:
     q, k, v = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), fa.use_backend(backend):
         out = fa.attention(q, k, v)
     assert out.dtype == torch.bfloat16
+    expected = fa.attention(*(t.detach().bfloat16().float() for t in (q, k, v)))
+    torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=0)  # one rounding to bfloat16
     out.float().sum().backward()
     assert q.grad is not None and q.grad.dtype == torch.float32

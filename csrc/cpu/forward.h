@@ -101,8 +101,7 @@ template <class T>
     for (int64_t j = 0; j < f.ldo; ++j) o[j] /= divisor;
     store_row(address(p.out, x.batch, x.h, x.row0 + row + i), p.out.dtype, o, keep, p.DV);
     if (p.stats.data)
-      for (int j = 0; j < 2; ++j)
-        *reinterpret_cast<T*>(address(p.stats, x.batch, x.h, x.row0 + row + i, j)) = stats[j];
+      for (int j = 0; j < 2; ++j) *reinterpret_cast<T*>(address(p.stats, x.batch, x.h, x.row0 + row + i, j)) = stats[j];
     if (p.lse.data) *element<T>(p.lse, x.batch, x.h, x.row0 + row + i) = static_cast<T>(lse);
   }
 }

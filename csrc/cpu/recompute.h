@@ -151,9 +151,11 @@ FA_INLINE void gradient_row(T* s, T* dp, const T* slope, const T* keep, const T*
 
 // The same for a row all of whose keys lie in this tile. Its delta is summed here, from P and not from a rounded O:
 // exact where the row sees one key, in any dtype and with dropout, as short rows would otherwise not be.
+// lse is rounded, by more the larger it is, so P does not add up to 1: it is divided by its sum and the sink's share,
+// or dP - delta would not cancel.
 template <class T>
-FA_INLINE void gradient_whole_row(T* s, T* dp, const T* slope, const T* keep, const T* dw, Span v, T dlse) {
-  Vec<T> sum{};
+FA_INLINE void gradient_whole_row(T* s, T* dp, const T* slope, const T* keep, const T* dw, Span v, T dlse, T sink) {
+  Vec<T> sum{}, total{};
   for (int j = v.lo; j < v.hi; j += VL<T>) {
     const Vec<T> p = load<T>(s + j);
     Vec<T> d = load<T>(dp + j);
@@ -162,10 +164,14 @@ FA_INLINE void gradient_whole_row(T* s, T* dp, const T* slope, const T* keep, co
     d = p == 0 ? Vec<T>{} : d;
     store<T>(dp + j, d);
     sum += p * d;
+    total += p;
   }
-  const T delta = reduce_add<T>(sum);
+  const T weight = reduce_add<T>(total) + sink;
+  const T inverse = weight > T(0) ? T(1) / weight : T(0);
+  const T delta = reduce_add<T>(sum) * inverse;
   for (int j = v.lo; j < v.hi; j += VL<T>) {
-    const Vec<T> p = load<T>(s + j);
+    const Vec<T> p = load<T>(s + j) * inverse;
+    store<T>(s + j, p);
     Vec<T> d = p * ((load<T>(dp + j) - delta) + dlse);
     if (slope) d *= load<T>(slope + j);
     if (keep) store<T>(s + j, p * load<T>(keep + j));
@@ -193,7 +199,12 @@ template <class T>
     const Range r = visible(x, t.row + i);
     if (r.lo >= t.key && r.hi <= t.key + t.keys) {
       const T dlse = p.dlse.data ? *element<T>(p.dlse, x.batch, x.h, at) : T(0);
-      gradient_whole_row<T>(s, dp, slope, drop ? w.keep : nullptr, f.rest ? w.dw : nullptr, v, dlse);
+      T sink = 0;  // its share of the softmax
+      if (p.sinks.data) {
+        const double lse = static_cast<double>(*element<T>(p.lse, x.batch, x.h, at));
+        sink = static_cast<T>(__builtin_exp(static_cast<double>(*element<T>(p.sinks, x.h, 0, 0)) - lse));
+      }
+      gradient_whole_row<T>(s, dp, slope, drop ? w.keep : nullptr, f.rest ? w.dw : nullptr, v, dlse, sink);
     } else {
       const T delta = *element<T>(p.delta, x.batch, x.h, at);
       const T rest = f.rest ? f.rest[rest_index(x, t.row + i)] : T(0);

@@ -377,9 +377,9 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
 
 def memory_order(query: Tensor) -> tuple[list[int], list[int]]:
     """The order in which the dimensions of [B, H, M, D] lie in memory, outermost first, and the permutation back."""
-    # A dimension of size 1 carries no order of its own: keep it outermost, so that it never splits the others.
+    # A dimension of size 1 or an expanded one carries no order of its own: outermost, it never splits the others.
     sizes, strides = query.shape, query.stride()
-    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 else 1, -strides[d])) + [3]
+    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 or strides[d] == 0 else 1, -strides[d])) + [3]
     return order, [order.index(d) for d in range(4)]
 
 

@@ -130,10 +130,11 @@ def forward(spec: AttentionSpec, x: Inputs, compute_dtype: torch.dtype | None = 
     compute_dtype: default `spec.lse_dtype`; the inputs' own dtype gives what plain eager code in that dtype gives.
     """
     acc = compute_dtype or spec.lse_dtype
-    if spec.packed:
-        out = _attend_packed(spec, x, acc)
-    else:
-        out = _attend(spec, x, torch.arange(spec.batch, device=x.query.device), acc)
+    with torch.autocast(x.query.device.type, enabled=False):  # which would take the products to a half dtype
+        if spec.packed:
+            out = _attend_packed(spec, x, acc)
+        else:
+            out = _attend(spec, x, torch.arange(spec.batch, device=x.query.device), acc)
     order, back = memory_order(x.query)
     return out._replace(output=out.output.permute(order).contiguous().permute(back))
 

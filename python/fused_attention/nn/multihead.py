@@ -191,14 +191,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """The projections as views [..., H, d] of as few GEMM results as the inputs allow."""
         bias, weight, width = self.in_proj_bias, self.in_proj_weight, self.embed_dim
         inputs: tuple[Tensor, ...] = (query, key, value)
+        weights: Any
+        biases: Any
         parts: tuple[int, ...] = (1, 1, 1)  # how many of q, k and v each product gives
         if weight is not None and key is value:
             inputs, parts = ((query,), (3,)) if query is key else ((query, key), (1, 2))
-        widths = [n * width for n in parts]
-        weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        if weight is not None:
-            weights = weight.split(widths)
-        biases = (None,) * len(parts) if bias is None else bias.split(widths)
+        if len(parts) == 1:  # splitting into one part would only cost a copy of its gradient
+            weights, biases = (weight,), (bias,)
+        else:
+            widths = [n * width for n in parts]
+            separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights = separate if weight is None else weight.split(widths)
+            biases = (None,) * len(parts) if bias is None else bias.split(widths)
         projected: list[Tensor] = []
         for x, w, b, n in zip(inputs, weights, biases, parts, strict=True):
             y = F.linear(x, w, b).unflatten(-1, (n, self.num_heads, self.head_dim))
