@@ -149,18 +149,10 @@ def _plain_gradients(
 
 def _exact_packed(spec: AttentionSpec, x: Inputs, grads: tuple[Tensor, Tensor, Tensor | None]) -> dict[str, np.ndarray]:
     """One sequence at a time, joined along the rows."""
-    assert x.cu_seqlens_q is not None and x.cu_seqlens_k is not None
-    q0, k0 = x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist()
-    parts = []
-    for b in range(spec.batch):
-        rows, keys = slice(q0[b], q0[b + 1]), slice(k0[b], k0[b + 1])
-        slopes = x.alibi_slopes
-        one = x._replace(
-            query=x.query[:, :, rows],
-            key=x.key[:, :, keys],
-            value=x.value[:, :, keys],
-            alibi_slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1],
-        )
+    assert x.cu_seqlens_q is not None
+    starts, parts = x.cu_seqlens_q.tolist(), []
+    for b, one in enumerate(reference.sequences(x)):
+        rows = slice(starts[b], starts[b + 1])
         parts.append(exact_attention(spec, one, grads[0][:, :, rows], grads[1][:, :, rows], first_batch=b))
     found = {n: np.concatenate([p[n] for p in parts], 2) for n in ("output", "lse", "query", "key", "value")}
     if x.sinks is not None:

@@ -11,6 +11,7 @@ PyTorch in the tested dtype. Where `ref` is infinite, `out` must be the same inf
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,15 @@ def exact_attention(
     first_batch is the batch index of the first element in the dropout counter.
 
     Returns "output", "lse", "weights" (per head, dropped), and where dout is given the gradients "query", "key",
-    "value", "mask", "bias", "sinks" for the inputs that are present.
+    "value", "mask", "bias", "alibi_slopes", "sinks" for the inputs that are present.
     """
+    f = _exact_forward(spec, x, first_batch)
+    found = {"output": np.einsum("bhmn,bhnd->bhmd", f.weights, f.v), "weights": f.weights, "lse": f.lse}
+    return found if dout is None else found | _exact_gradients(spec, x, f, dout, dlse, dweights)
+
+
+def _exact_forward(spec: AttentionSpec, x: Inputs, first_batch: int) -> SimpleNamespace:
+    """q, k and v with repeated heads, p, weights, lse, and what the gradients need beside them."""
     rows, columns, heads = x.query.shape[2], x.key.shape[2], x.query.shape[1]
     q, k, v = (_wide(t) for t in x[:3])
     k, v = (_repeat(np.where(np.isfinite(t), t, 0), spec.group) for t in (k, v))  # only hidden keys may not be
@@ -124,34 +132,41 @@ def exact_attention(
     sink = None if x.sinks is None else _wide(x.sinks)[None, :, None, None]
     shift = np.where(alive, top if sink is None else np.maximum(top, sink), 0)
     exps = np.exp(s - shift)
-    total = exps.sum(-1, keepdims=True)
-    if sink is not None:
-        total = total + np.exp(np.where(alive, sink, 0) - shift)
-    total = np.where(alive, total, 1)
-    p = exps / total
+    sink_exp = 0 if sink is None else np.where(alive, np.exp(np.where(alive, sink, 0) - shift), 0)
+    total = np.where(alive, exps.sum(-1, keepdims=True) + sink_exp, 1)
     factor: Any = 1.0
     if spec.dropout_p:
         assert x.seed is not None
-        keep = philox.keep_mask(
-            x.seed, spec.dropout_p, torch.arange(first_batch, first_batch + full[0]), heads, rows, columns
-        )
+        batch = torch.arange(first_batch, first_batch + full[0])
+        keep = philox.keep_mask(x.seed, spec.dropout_p, batch, heads, rows, columns)
         factor = keep.numpy() / (1 - np.longdouble(spec.dropout_p))
-    weights = p * factor
-    found = {"output": np.einsum("bhmn,bhnd->bhmd", weights, v), "weights": weights}
-    found["lse"] = np.where(alive, shift + np.log(total), -np.inf)[..., 0]
-    if dout is None:
-        return found
+    p = exps / total
+    lse = np.where(alive, shift + np.log(total), -np.inf)[..., 0]
+    return SimpleNamespace(
+        q=q, k=k, v=v, p=p, weights=p * factor, factor=factor, lse=lse, alive=alive, tanh=tanh, psink=sink_exp / total
+    )
 
+
+def _exact_gradients(
+    spec: AttentionSpec,
+    x: Inputs,
+    f: SimpleNamespace,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+) -> dict[str, np.ndarray]:
+    rows, columns, heads = x.query.shape[2], x.key.shape[2], x.query.shape[1]
     do = _wide(dout)
-    dp = np.einsum("bhmd,bhnd->bhmn", do, v)
+    dp = np.einsum("bhmd,bhnd->bhmn", do, f.v)
     if dweights is not None:
         dw = _wide(dweights)
         dp = dp + (dw if spec.weights == "heads" else dw[:, None] / heads)
-    dp = dp * factor
-    delta = (p * dp).sum(-1, keepdims=True)
+    dp = dp * f.factor
+    delta = (f.p * dp).sum(-1, keepdims=True)
     if dlse is not None:
-        delta = delta - np.where(alive, _wide(dlse)[..., None], 0)
-    ds = p * (dp - delta)
+        delta = delta - np.where(f.alive, _wide(dlse)[..., None], 0)
+    ds = f.p * (dp - delta)
+    found = {}
     for name in ("mask", "bias"):
         t = getattr(x, name)
         if t is not None and t.dtype != torch.bool:
@@ -160,15 +175,13 @@ def exact_attention(
         one = x._replace(alibi_slopes=torch.ones(1, heads), mask=None, bias=None)
         (distance,) = reference.additive_terms(spec, one, rows, columns, torch.float64)
         found["alibi_slopes"] = _sum_to((ds * _wide(distance)).sum((2, 3)), tuple(x.alibi_slopes.shape))
-    if sink is not None:
-        psink = np.where(alive, np.exp(np.where(alive, sink, 0) - shift) / total, 0)
-        found["sinks"] = (-psink * delta).sum((0, 2, 3))
-    if tanh is not None:
-        ds = ds * (1 - tanh**2)
+    if x.sinks is not None:
+        found["sinks"] = (-f.psink * delta).sum((0, 2, 3))
+    if f.tanh is not None:
+        ds = ds * (1 - f.tanh**2)
     ds = ds * spec.scale
-    batch, kv_heads = x.key.shape[:2]
-    grouped = (batch, kv_heads, spec.group)
-    found["query"] = np.einsum("bhmn,bhnd->bhmd", ds, k)
-    found["key"] = np.einsum("bhmn,bhmd->bhnd", ds, q).reshape(*grouped, columns, q.shape[3]).sum(2)
-    found["value"] = np.einsum("bhmn,bhmd->bhnd", weights, do).reshape(*grouped, columns, v.shape[3]).sum(2)
+    grouped = (*x.key.shape[:2], spec.group, columns)
+    found["query"] = np.einsum("bhmn,bhnd->bhmd", ds, f.k)
+    found["key"] = np.einsum("bhmn,bhmd->bhnd", ds, f.q).reshape(*grouped, f.q.shape[3]).sum(2)
+    found["value"] = np.einsum("bhmn,bhmd->bhnd", f.weights, do).reshape(*grouped, f.v.shape[3]).sum(2)
     return found

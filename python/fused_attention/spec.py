@@ -108,15 +108,6 @@ class AttentionSpec:
     def lse_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
-    def diagonal_is_bottom_right(self) -> bool:
-        return self.causal == "bottom_right"
-
-    @property
-    def hides(self) -> bool:
-        """Whether any option can hide a key from a row."""
-        return bool(self.causal or self.window or self.mask or self.bias or self.key_lengths or self.packed)
-
 
 @dataclass(frozen=True)
 class Device:

@@ -51,7 +51,7 @@ def _argument(t: Tensor) -> tuple[int, ...]:
     return (t.data_ptr(), DTYPE_CODES[t.dtype], *t.stride())
 
 
-def _broadcast(t: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _broadcast(t: Tensor) -> tuple[int, ...]:
     """A tensor argument whose dimensions of size 1 have stride 0."""
     strides = [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
     return (t.data_ptr(), DTYPE_CODES[t.dtype], *strides)
@@ -90,15 +90,14 @@ def _arguments(spec: AttentionSpec, x: Inputs) -> tuple[dict[str, Any], list[Ten
         args["softcap"] = spec.softcap
     if spec.batch_invariant:
         args["batch_invariant"] = True
-    full = (spec.batch, spec.heads, spec.rows, spec.columns)
     if x.mask is not None:
-        args["mask"] = _broadcast(x.mask, full)
+        args["mask"] = _broadcast(x.mask)
     if x.bias is not None:
-        args["bias"] = _broadcast(x.bias, full)
+        args["bias"] = _broadcast(x.bias)
     if x.alibi_slopes is not None:
         slopes = x.alibi_slopes.to(torch.float32)
         keep.append(slopes)
-        args["alibi"] = _broadcast(slopes, full[:2])
+        args["alibi"] = _broadcast(slopes)
     if x.sinks is not None:
         sinks = x.sinks.to(spec.lse_dtype)
         keep.append(sinks)
@@ -157,7 +156,7 @@ def forward(spec: AttentionSpec, x: Inputs) -> Outputs:
 
 def _additive_gradient(spec: AttentionSpec, t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     grad = torch.zeros(t.shape, dtype=spec.lse_dtype)
-    return grad, _broadcast(grad, tuple(t.shape))
+    return grad, _broadcast(grad)
 
 
 def backward(

@@ -9,6 +9,8 @@ this module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -139,21 +141,23 @@ def forward(spec: AttentionSpec, x: Inputs, compute_dtype: torch.dtype | None = 
     return out._replace(output=out.output.permute(order).contiguous().permute(back))
 
 
-def _attend_packed(spec: AttentionSpec, x: Inputs, acc: torch.dtype) -> Outputs:
-    """One sequence at a time."""
+def sequences(x: Inputs) -> Iterator[Inputs]:
+    """Packed inputs one sequence at a time, each as a dense batch of one."""
     assert x.cu_seqlens_q is not None and x.cu_seqlens_k is not None
-    starts_q, starts_k = x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist()
-    parts: list[Outputs] = []
-    for b in range(spec.batch):
+    starts_q, starts_k, slopes = x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist(), x.alibi_slopes
+    for b in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        slopes = x.alibi_slopes
-        one = x._replace(
+        yield x._replace(
             query=x.query[:, :, rows],
             key=x.key[:, :, keys],
             value=x.value[:, :, keys],
             alibi_slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1],
         )
-        parts.append(_attend(spec, one, torch.tensor([b], device=x.query.device), acc))
+
+
+def _attend_packed(spec: AttentionSpec, x: Inputs, acc: torch.dtype) -> Outputs:
+    device = x.query.device
+    parts = [_attend(spec, one, torch.tensor([b], device=device), acc) for b, one in enumerate(sequences(x))]
     if not parts:
         empty = x.query.new_empty(*x.query.shape[:3], spec.value_dim)
         return Outputs(empty, empty.new_empty(empty.shape[:3], dtype=spec.lse_dtype), None)
