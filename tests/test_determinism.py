@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ print(status("VmHWM") - before)
 """
 
 
-def test_memory_of_a_long_sequence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_of_a_long_sequence(say: Callable[[str], None]) -> None:
     """Forward and backward at S 16384, B 1, H 1, D 64, fp32: the scores alone would be 1 GiB."""
 
     def extra(length: int) -> int:
@@ -149,7 +149,6 @@ def test_memory_of_a_long_sequence(capsys: pytest.CaptureFixture[str]) -> None:
         return int(done.stdout)
 
     long = extra(16384)
-    with capsys.disabled():
-        print(f"\nextra memory of forward + backward at S 16384, D 64, fp32: {long / 1e6:.1f} MB")
+    say(f"extra memory of forward + backward at S 16384, D 64, fp32: {long / 1e6:.1f} MB")
     # The output and the three gradients are 16.8 MB of it: less would mean that nothing was measured.
     assert 16e6 < long < 80e6

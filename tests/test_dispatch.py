@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_backend_request_is_per_context() -> None:
     assert dispatch._request.get() == ("auto", True)
 
 
-def test_the_ten_cases_of_explain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ten_cases_of_explain(say: Callable[[str], None]) -> None:
     """Ten named cases as a readable table; what is refused has its reason."""
     q, k, v = _qkv()
     g, slopes = _qkv(grad=True), torch.rand(4, requires_grad=True)
@@ -74,13 +75,11 @@ def test_the_ten_cases_of_explain(capsys: pytest.CaptureFixture[str]) -> None:
         "gradient of ALiBi slopes": (fa.explain(*g, alibi_slopes=slopes), "reference", "no gradient for alibi"),
         "a tensor on the meta device": (fa.explain(*(t.to("meta") for t in (q, k, v))), "reference", "not on meta"),
     }  # fmt: skip
-    with capsys.disabled():
-        print()
-        for name, (explanation, backend, word) in expected.items():
-            print(f"[{name}]\n{explanation}")
-            assert explanation.backend == backend, name
-            assert word in str(explanation), name
-            assert json.loads(json.dumps(explanation.to_dict()))["backend"] == backend
+    for name, (explanation, backend, word) in expected.items():
+        say(f"[{name}]\n{explanation}")
+        assert explanation.backend == backend, name
+        assert word in str(explanation), name
+        assert json.loads(json.dumps(explanation.to_dict()))["backend"] == backend
     assert len(expected) == 10
 
 

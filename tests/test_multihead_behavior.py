@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fused_attention.nn as fused
+from fused_attention import FallbackWarning
 
-pytestmark = [pytest.mark.fast, pytest.mark.filterwarnings("ignore::fused_attention.FallbackWarning")]
+pytestmark = [pytest.mark.fast, pytest.mark.filterwarnings("error::fused_attention.FallbackWarning")]
 
 E, H = 8, 2
 MODES = ("train", "eval", "no_grad")
@@ -109,6 +110,7 @@ def test_copies() -> None:
 
 
 def test_functional_call_and_gradient_of_it() -> None:
+    warnings.simplefilter("ignore", FallbackWarning)  # transforms take the reference
     theirs, ours = pair(dtype=torch.float64)
     x = torch.randn(3, 2, E, dtype=torch.float64)
     doubled = {n: 2 * p.detach() for n, p in ours.named_parameters()}
@@ -332,6 +334,7 @@ def test_dropout_drops_the_weights_that_come_back(average: bool) -> None:
 
 
 def test_derivatives_of_higher_order_and_forward_mode_with_weights() -> None:
+    warnings.simplefilter("ignore", FallbackWarning)  # transforms take the reference
     _, ours = pair(dtype=torch.float64)
     x = torch.randn(2, 1, E, dtype=torch.float64, requires_grad=True)
 

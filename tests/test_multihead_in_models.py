@@ -18,7 +18,7 @@ from fused_attention.nn import multihead
 from .test_multihead_behavior import HIDDEN, MODES, E, H, close, in_mode, pair
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::fused_attention.FallbackWarning"),
+    pytest.mark.filterwarnings("error::fused_attention.FallbackWarning"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
 ]

@@ -14,7 +14,7 @@ import fused_attention.nn as fused
 
 pytestmark = [
     pytest.mark.fast,
-    pytest.mark.filterwarnings("ignore::fused_attention.FallbackWarning"),
+    pytest.mark.filterwarnings("error::fused_attention.FallbackWarning"),
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -327,13 +327,14 @@ def _ours(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dout
 
 
 ORDERS = 12
+SHARE_OF_LUCK = 0.1  # of the problems may need more than one order
 
 
-def check(p: Problem) -> None:
+def check(p: Problem) -> bool:
     """Run one problem forward and backward and apply the rule to each result.
 
     `same` is the farther from `ref` of PyTorch's function and the plain formula. Of a few numbers, one evaluation may
-    be exact by luck; then both are evaluated again in other orders of summation.
+    be exact by luck; then both are evaluated again in other orders of summation. Returns whether that was needed.
     """
     generator = torch.Generator().manual_seed(p.seed)
     q, k, v = _qkv(p, generator)
@@ -348,22 +349,24 @@ def check(p: Problem) -> None:
         try:
             for name, out, ref, *same in zip(NAMES, outs, refs, *peers, strict=False):
                 assert_close(out.reshape(ref.shape), _farthest(tuple(same), ref), ref, name != "output", name)
-            return
+            return order > 0
         except Mismatch as error:
             mismatch = error
     raise mismatch
 
 
 def check_all(problems: Any) -> int:
+    """Check every problem; returns how many needed more than one order."""
     failures: list[str] = []
+    again = 0
     for p in problems:
         try:
-            check(p)
+            again += check(p)
         except (Mismatch, AssertionError) as error:
             failures.append(f"{error}\n    {p}")
     if failures:
         pytest.fail(f"{len(failures)} of {len(problems)} problems failed:\n" + "\n".join(failures[:10]))
-    return len(problems)
+    return again
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -378,7 +381,7 @@ def _kernels_on_poisoned_memory(poison: None) -> Iterator[None]:
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_random_problems(chunk: str) -> None:
-    assert check_all(CHUNKS[chunk]) == len(CHUNKS[chunk])
+    assert check_all(CHUNKS[chunk]) <= len(CHUNKS[chunk]) * SHARE_OF_LUCK
 
 
 @pytest.mark.fast
@@ -388,11 +391,10 @@ def test_a_sample_of_the_random_problems() -> None:
 
 
 @pytest.mark.fast
-def test_number_of_problems(capsys: pytest.CaptureFixture[str]) -> None:
+def test_number_of_problems(say: Callable[[str], None]) -> None:
     run = [p for chunk in CHUNKS.values() for p in chunk]
     different = len({p._replace(seed=0) for p in run})
     for axis in ("rank", "mask", "form", "memory", "layout", "causal", "scale", "shift"):
         assert len({getattr(p, axis) for p in run}) > 1
-    with capsys.disabled():
-        print(f"\nscaled_dot_product_attention: {len(run)} problems ({different} different), forward and gradients")
+    say(f"scaled_dot_product_attention: {len(run)} problems ({different} different), forward and gradients")
     assert different >= 3000 and len(run) == sum(PER_DTYPE.values())

@@ -13,7 +13,7 @@ import fused_attention.nn as fused
 
 from .numerics import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore::fused_attention.FallbackWarning")
+pytestmark = pytest.mark.filterwarnings("error::fused_attention.FallbackWarning")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [(3, 33, 24, 16), (1, 1, 5, 3), (2, 113, 64, 64)]  # batch, length, input_dim, d_k

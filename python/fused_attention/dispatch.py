@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from .backends import cpu, reference
@@ -102,6 +103,22 @@ def select(spec: AttentionSpec, device: Device) -> Choice:
     return Choice(candidate, reasons)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _options(spec: AttentionSpec) -> list[str]:
+    """What a call asks for beyond the plain formula, in words."""
+    found = [f"{n}={getattr(spec, n)}" for n in ("causal", "window", "softcap", "weights") if getattr(spec, n)]
+    found += [f"{n}={_name(getattr(spec, n))}" for n in ("mask", "bias") if getattr(spec, n)]
+    found += [n for n in ("alibi_slopes", "sinks", "key_lengths", "batch_invariant") if getattr(spec, n)]
+    if spec.dropout_p:
+        found.append(f"dropout_p={spec.dropout_p}")
+    if spec.gradients:
+        found.append("gradients=" + ",".join(sorted(spec.gradients)))
+    return found
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: `str()` of it is a table, `to_dict()` is for machines."""
@@ -116,7 +133,7 @@ class Explanation:
         """Plain data for JSON."""
         spec = asdict(self.spec)
         for key in ("dtype", "mask", "bias"):
-            spec[key] = None if spec[key] is None else str(spec[key]).removeprefix("torch.")
+            spec[key] = None if spec[key] is None else _name(spec[key])
         spec["gradients"] = sorted(self.spec.gradients)
         return {
             "backend": self.backend,
@@ -131,8 +148,11 @@ class Explanation:
         kind = "packed " if s.packed else ""
         lines = [
             f"attention {kind}B={s.batch} H={s.heads} HK={s.kv_heads} M={s.rows} N={s.columns} D={s.head_dim} "
-            f"DV={s.value_dim} {str(s.dtype).removeprefix('torch.')} on {self.device.arch or self.device.type}"
+            f"DV={s.value_dim} {_name(s.dtype)} on {self.device.arch or self.device.type}"
         ]
+        options = _options(s)
+        if options:
+            lines.append("  " + " ".join(options))
         for name, reason in self.reasons.items():
             if name == self.backend:
                 state = "runs"
