@@ -91,8 +91,9 @@ def _print_info(info: dict[str, Any]) -> None:
         print(f"{'C++ extension':<16} missing: {extension['error']}")
         print(f"{'':<16} what to do: install g++ (or set CXX), then install the package again")
     else:
-        rest = ", ".join(f"{k} {v}" for k, v in extension.items() if k != "isa")
-        print(f"{'C++ extension':<16} {extension['isa']} ({rest})")
+        rest = {**extension, "isas": " and ".join(extension["isas"]) + " run here"}
+        details = ", ".join(v if k == "isas" else f"{k} {v}" for k, v in rest.items() if k != "isa")
+        print(f"{'C++ extension':<16} {extension['isa']} ({details})")
     for device, backends in info["devices"].items():
         print(f"{device}:")
         for name, reason in backends.items():
