@@ -9,6 +9,7 @@ this module.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -132,7 +133,10 @@ def forward(spec: AttentionSpec, x: Inputs, compute_dtype: torch.dtype | None = 
     compute_dtype: default `spec.lse_dtype`; the inputs' own dtype gives what plain eager code in that dtype gives.
     """
     acc = compute_dtype or spec.lse_dtype
-    with torch.autocast(x.query.device.type, enabled=False):  # which would take the products to a half dtype
+    device = x.query.device.type
+    castable = torch.amp.is_autocast_available(device)
+    # Autocast would take the products to a half dtype.
+    with torch.autocast(device, enabled=False) if castable else contextlib.nullcontext():
         if spec.packed:
             out = _attend_packed(spec, x, acc)
         else:
