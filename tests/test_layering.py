@@ -27,7 +27,7 @@ ORDER = [
     ["autograd"],
     ["dispatch"],
     ["backends"],
-    ["spec", "philox"],
+    ["spec", "philox", "layout"],
 ]
 RANK = {name: place for place, names in enumerate(ORDER) for name in names}
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .backends import reference
 from .dispatch import BACKENDS, select
-from .spec import DIFFERENTIABLE, AttentionSpec, Device, Inputs, Options, Outputs, make_spec, output_like
+from .layout import output_like
+from .spec import DIFFERENTIABLE, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
 
 # --- eager ----------------------------------------------------------------------------------------------------
 

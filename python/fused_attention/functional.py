@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import autograd, dispatch, philox
 from .spec import (
-    ArgumentError,
     AttentionSpec,
     Causal,
     Device,
@@ -23,7 +22,10 @@ from .spec import (
     Outputs,
     WeightsMode,
     Window,
+    as_offsets,
+    check_packed,
     make_spec,
+    window_sides,
 )
 
 
@@ -39,27 +41,11 @@ class AttentionResult(NamedTuple):
     weights: Tensor | None
 
 
-def _integers(name: str, t: Tensor | None) -> Tensor | None:
-    if t is None or not isinstance(t, Tensor) or t.dtype == torch.int64:
-        return t
-    if t.dtype in (torch.int32, torch.int16, torch.uint8):
-        return t.long()
-    raise ArgumentError(f"{name}.dtype: got {t.dtype}, expected an integer dtype (int32 or int64)")
-
-
 def _four_dims(t: Tensor | None) -> Tensor | None:
     """A mask or bias of fewer dimensions, with leading dimensions of size 1, as broadcasting has it."""
     if not isinstance(t, Tensor) or t.dim() >= 4:
         return t
     return t[(None,) * (4 - t.dim())]
-
-
-def _sides(window: Window | None) -> Window:
-    if window is None:
-        return (None, None)
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: got {window!r}, expected (left, right), each an int of at least 0 or None")
-    return (window[0], window[1])
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -105,7 +91,7 @@ def _gather(
     query, key, value, mask, bias, alibi_slopes, sinks = tensors
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes[None]
-    lengths = _integers("key_lengths", key_lengths)
+    lengths = as_offsets("key_lengths", key_lengths)
     return Inputs(query, key, value, _four_dims(mask), _four_dims(bias), alibi_slopes, sinks, lengths)
 
 
@@ -186,7 +172,7 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         TypeError: an argument has the wrong type.
         BackendError: the backend named by `use_backend` does not support the call.
     """
-    left, right = (None, None) if window is None else _sides(window)
+    left, right = (None, None) if window is None else window_sides(window)
     x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
     o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
     out = _run(x, o)
@@ -231,19 +217,15 @@ def varlen_attention(
     Returns:
         The output [T, H, DV], or an `AttentionResult` with lse [H, T] if `return_lse` is set.
     """
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}, expected a Tensor")
-        if t.dim() != 3:
-            raise ArgumentError(f"{name}: got {t.dim()} dimensions {list(t.shape)}, expected 3 dimensions [T, H, D]")
-    left, right = _sides(window)
+    check_packed(query, key, value)
+    left, right = window_sides(window)
     x = _gather((query, key, value, None, None, alibi_slopes, sinks), None)
     x = x._replace(
         query=x.query.transpose(0, 1).unsqueeze(0),  # [1, H, T, D]
         key=x.key.transpose(0, 1).unsqueeze(0),
         value=x.value.transpose(0, 1).unsqueeze(0),
-        cu_seqlens_q=_integers("cu_seqlens_q", cu_seqlens_q),
-        cu_seqlens_k=_integers("cu_seqlens_k", cu_seqlens_k),
+        cu_seqlens_q=as_offsets("cu_seqlens_q", cu_seqlens_q),
+        cu_seqlens_k=as_offsets("cu_seqlens_k", cu_seqlens_k),
     )
     options = (causal, left, right, softcap, scale, dropout_p, batch_invariant, None)
     out = _run(x, Options(*options, max_seqlen_q, max_seqlen_k))
@@ -277,7 +259,7 @@ def explain(
     Returns:
         An `Explanation`: `str()` of it is a table for people, `to_dict()` plain data for machines.
     """
-    left, right = _sides(window)
+    left, right = window_sides(window)
     x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
     spec = make_spec(x, Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights))
     return dispatch.explain(spec, Device.of(x.query), _notes(x, spec))

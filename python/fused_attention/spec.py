@@ -135,7 +135,7 @@ _CPU = Device("cpu")
 
 
 def _shape(tensor: Tensor) -> str:
-    return "[" + ", ".join(str(int(n)) if isinstance(n, int) else str(n) for n in tensor.shape) + "]"
+    return "[" + ", ".join(map(str, tensor.shape)) + "]"
 
 
 def _need(ok: bool, name: str, was: object, expected: str) -> None:
@@ -224,6 +224,31 @@ def _check_offsets(name: str, t: Tensor | None, x: Inputs, total: int, what: str
     _need(offsets[-1] == total, name, f"a last offset of {offsets[-1]}", f"{what}'s total length {total}")
     for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
         _need(a <= b, name, f"{a} then {b} at position {i}", "offsets that never fall")
+
+
+def as_offsets(name: str, t: Tensor | None) -> Tensor | None:
+    """Lengths or offsets of any integer dtype as int64; what is no tensor is left for `make_spec` to refuse."""
+    if t is None or not isinstance(t, Tensor) or t.dtype == torch.int64:
+        return t
+    if t.dtype in (torch.int32, torch.int16, torch.uint8):
+        return t.long()
+    raise ArgumentError(f"{name}.dtype: got {t.dtype}, expected an integer dtype (int32 or int64)")
+
+
+def window_sides(window: Window | None) -> Window:
+    """(left, right); None is open on both sides."""
+    if window is None:
+        return (None, None)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: got {window!r}, expected (left, right), each an int of at least 0 or None")
+    return (window[0], window[1])
+
+
+def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Packed sequences have three dimensions; the rest is checked once they are in kernel layout."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        _need_tensor(name, t, optional=False)
+        _need(t.dim() == 3, name, f"{t.dim()} dimensions {_shape(t)}", "3 dimensions [T, H, D]")
 
 
 def _readable(t: Tensor) -> bool:
@@ -364,24 +389,3 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
         gradients=gradients,
         transform=transform_of(x),
     )
-
-
-def memory_order(query: Tensor) -> tuple[list[int], list[int]]:
-    """The order in which the dimensions of [B, H, M, D] lie in memory, outermost first, and the permutation back."""
-    # A dimension of size 1 or an expanded one carries no order of its own: outermost, it never splits the others.
-    sizes, strides = query.shape, query.stride()
-    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 or strides[d] == 0 else 1, -strides[d])) + [3]
-    return order, [order.index(d) for d in range(4)]
-
-
-def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
-    """An uninitialised output [batch, H, M, value_dim] whose dimensions lie in memory in the query's order.
-
-    A query that is a strided view of a projection [M, B, 3, H, D] gives an output laid out as [M, B, H, value_dim],
-    which the next projection reads without a copy.
-    """
-    shape = (batch, query.shape[1], query.shape[2], value_dim)
-    if query.is_contiguous():
-        return query.new_empty(shape)
-    order, back = memory_order(query)
-    return query.new_empty([shape[d] for d in order]).permute(back)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec, Device, Inputs, Outputs, output_like
+from ..layout import output_like
+from ..spec import AttentionSpec, Device, Inputs, Outputs
 
 _C: ModuleType | None = None
 _import_error = ""
@@ -166,7 +167,7 @@ def backward(
     assert _C is not None
     args, keep = _arguments(spec, x)
     dout, dlse, dweights = grads
-    dout = torch.zeros_like(out.output) if dout is None else rows_contiguous(dout)
+    dout = None if dout is None else rows_contiguous(dout)
     delta = torch.empty(out.lse.shape, dtype=spec.lse_dtype)
     output = rows_contiguous(out.output)
     for name, t in (("out", output), ("lse", out.lse), ("dout", dout), ("dlse", dlse), ("delta", delta)):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ..spec import AttentionSpec, Device, Inputs, Outputs, memory_order
+from ..layout import memory_order
+from ..spec import AttentionSpec, Device, Inputs, Outputs
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:

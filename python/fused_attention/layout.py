@@ -1,0 +1,26 @@
+"""In which order the dimensions of an output lie in memory: the query's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def memory_order(query: Tensor) -> tuple[list[int], list[int]]:
+    """The order in which the dimensions of [B, H, M, D] lie in memory, outermost first, and the permutation back."""
+    # A dimension of size 1 or an expanded one carries no order of its own: outermost, it never splits the others.
+    sizes, strides = query.shape, query.stride()
+    order = sorted(range(3), key=lambda d: (0 if sizes[d] == 1 or strides[d] == 0 else 1, -strides[d])) + [3]
+    return order, [order.index(d) for d in range(4)]
+
+
+def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
+    """An uninitialised output [batch, H, M, value_dim] whose dimensions lie in memory in the query's order.
+
+    A query that is a strided view of a projection [M, B, 3, H, D] gives an output laid out as [M, B, H, value_dim],
+    which the next projection reads without a copy.
+    """
+    shape = (batch, query.shape[1], query.shape[2], value_dim)
+    if query.is_contiguous():
+        return query.new_empty(shape)
+    order, back = memory_order(query)
+    return query.new_empty([shape[d] for d in order]).permute(back)
