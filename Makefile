@@ -35,8 +35,9 @@ help: ## this list
 demo: $(VENV)/.built ## train a digit classifier with torch's attention and with ours, and compare
 	GOMP_SPINCOUNT=10000 $(PY) examples/replace_mha.py $(DEMO_ARGS)
 
-test: $(VENV)/.built ## the whole test suite
+test: $(VENV)/.built ## the whole test suite; the Triton kernels in Triton's interpreter
 	$(PYTEST) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m triton $(PYTEST_ARGS)
 
 check: $(VENV)/.built ## linters, types, formatting and the fast tests
 	$(BIN)/ruff check .

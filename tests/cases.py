@@ -178,26 +178,49 @@ def _exact(
     return {"output": out.output, "lse": out.lse, "weights": out.weights}, derived
 
 
-def differentiable_inputs(spec: AttentionSpec, x: Inputs, backend: str) -> frozenset[str]:
+def differentiable_inputs(spec: AttentionSpec, x: Inputs, backend: str, device: Device) -> frozenset[str]:
     """Every input that is there, floating and that the backend can differentiate."""
     names = {n for n in DIFFERENTIABLE if getattr(x, n) is not None and getattr(x, n).is_floating_point()}
     for name in sorted(names):
-        if BACKENDS[backend].supports(replace(spec, gradients=frozenset({name})), Device("cpu")):
+        if BACKENDS[backend].supports(replace(spec, gradients=frozenset({name})), device):
             names.discard(name)
     return frozenset(names)
 
 
-def _results(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[str, tuple[Tensor, Any, Any]]:
+def _moved(x: Any, device: str) -> Any:
+    return type(x)(*(None if t is None else t.to(device) for t in x))
+
+
+def _run(
+    backend: str, spec: AttentionSpec, x: Inputs, device: str, generator: torch.Generator
+) -> tuple[Outputs, tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
+    """What a backend gives on a device, what came in for the backward pass, and the gradients; all back on the CPU."""
+    kernel = BACKENDS[backend]
+    placed = _moved(x, device)
+    untouched = [None if t is None else t.clone() for t in x]
+    assert kernel.supports(spec, Device.of(placed.query)) is None, kernel.supports(spec, Device.of(placed.query))
+    with torch.no_grad():
+        there = kernel.forward(spec, placed)
+    out = _moved(there, "cpu")
+    grads = _cotangents(out, generator)
+    dlse = torch.where(torch.isfinite(out.lse), grads[1], 0.0)
+    incoming = tuple(None if g is None else g.to(device) for g in (grads[0], dlse, grads[2]))
+    found = kernel.backward(spec, placed, there._replace(weights=None), incoming)  # type: ignore[arg-type]
+    for name, before, after in zip(Inputs._fields, untouched, _moved(placed, "cpu"), strict=True):
+        if before is not None:
+            assert torch.equal(before.nan_to_num(), after.nan_to_num()), f"{name} was modified"
+    return out, grads, {n: g.cpu() for n, g in found.items()}
+
+
+def _results(
+    case: Case, backend: str, dtype: torch.dtype, seed: int, device: str
+) -> dict[str, tuple[Tensor, Any, Any]]:
     """Per result of one draw: what the backend gives, what plain eager code gives, and the exact value."""
     x, o = make(case, dtype, seed)
     spec = make_spec(x, o)
-    spec = replace(spec, gradients=differentiable_inputs(spec, x, backend))
-    kernel = BACKENDS[backend]
-    assert kernel.supports(spec, Device("cpu")) is None, kernel.supports(spec, Device("cpu"))
-    untouched = [None if t is None else t.clone() for t in x]
-    with torch.no_grad():
-        out = kernel.forward(spec, x)
-    grads = _cotangents(out, torch.Generator().manual_seed(seed + 1000))
+    spec = replace(spec, gradients=differentiable_inputs(spec, x, backend, Device.of(x.query.to(device))))
+    out, grads, found = _run(backend, spec, x, device, torch.Generator().manual_seed(seed + 1000))
+    assert set(found) == set(spec.gradients)
     same, same_grads = _plain_gradients(spec, x, grads, dtype)
     lse_same = reference.forward(spec, x).lse if dtype in (torch.float16, torch.bfloat16) else same.lse
     exact, exact_grads = _exact(spec, x, grads)
@@ -207,14 +230,7 @@ def _results(case: Case, backend: str, dtype: torch.dtype, seed: int) -> dict[st
     }
     if out.weights is not None:
         results["weights"] = (out.weights, same.weights, exact["weights"])
-    dlse = torch.where(torch.isfinite(out.lse), grads[1], 0.0)
-    found = kernel.backward(spec, x, out._replace(weights=None), (grads[0], dlse, grads[2]))
-    assert set(found) == set(spec.gradients)
-    results |= {f"d{n}": (grad, same_grads[n], exact_grads[n]) for n, grad in found.items()}
-    for name, before, after in zip(Inputs._fields, untouched, x, strict=True):
-        if before is not None:
-            assert torch.equal(before.nan_to_num(), after.nan_to_num()), f"{name} was modified"  # type: ignore[union-attr]
-    return results
+    return results | {f"d{n}": (grad, same_grads[n], exact_grads[n]) for n, grad in found.items()}
 
 
 def _joined(parts: tuple[Any, ...]) -> Any:
@@ -223,20 +239,23 @@ def _joined(parts: tuple[Any, ...]) -> Any:
     return np.concatenate([np.asarray(p).ravel() for p in parts])
 
 
-def draws(case: Case) -> int:
+def draws(case: Case, values: int) -> int:
     """How many seeds a case is checked over at once.
 
     The rule compares two maxima. Over the few numbers of a tiny result (dsinks has one per head) that is a comparison
-    of two coin tosses, so such problems are drawn several times and the maxima are taken over all draws.
+    of two coin tosses, so such problems are drawn several times, until the output has about so many values, and the
+    maxima are taken over all draws.
     """
     b, h, _, m, _, _, dv = case.sizes
-    wanted = 16384 // max(b * h * m * dv, 1)
-    return max(1, min(16, max(wanted, 64 // h) if case.sinks or case.alibi else wanted))
+    wanted = values // max(b * h * m * dv, 1)
+    return max(1, min(16, max(wanted, values // 256 // h) if case.sinks or case.alibi else wanted))
 
 
-def check(case: Case, backend: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def check(
+    case: Case, backend: str, dtype: torch.dtype, values: int = 16384, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """Run one case forward and backward on one backend and apply the rule to every result."""
-    runs = [_results(case, backend, dtype, seed) for seed in range(draws(case))]
+    runs = [_results(case, backend, dtype, seed, device) for seed in range(draws(case, values))]
     figures = {}
     for name in runs[0]:
         got, same, exact = (_joined(parts) for parts in zip(*(run[name] for run in runs), strict=True))

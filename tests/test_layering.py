@@ -22,11 +22,12 @@ ORDER = [
     ["__init__"],
     ["models", "integrations"],
     ["nn"],
-    ["sdpa"],
-    ["functional"],
+    ["sdpa", "decode"],
+    ["functional", "ops"],
     ["autograd"],
     ["dispatch"],
     ["backends"],
+    ["cache"],
     ["spec", "philox", "layout"],
 ]
 RANK = {name: place for place, names in enumerate(ORDER) for name in names}

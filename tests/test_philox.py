@@ -10,6 +10,8 @@ from fused_attention import philox
 from fused_attention.dispatch import BACKENDS
 from fused_attention.spec import Inputs, Options, make_spec
 
+from .triton_support import DEVICE, needs_triton
+
 pytestmark = pytest.mark.fast
 
 # Salmon et al., Random123 1.14, kat_vectors: philox4x32 with 10 rounds.
@@ -30,7 +32,11 @@ def test_published_vectors(counter: tuple[int, ...], key: int, words: tuple[int,
     assert tuple(philox.philox(torch.tensor(key), (c0, c1, c2, c3)).tolist()) == words
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+def _marks(backend: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.triton, needs_triton] if backend == "triton" else []
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=_marks(name)) for name in BACKENDS])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("columns", [1, 5, 130])
 def test_backend_draws_the_mask_bit_for_bit(backend: str, p: float, columns: int) -> None:
@@ -39,10 +45,12 @@ def test_backend_draws_the_mask_bit_for_bit(backend: str, p: float, columns: int
     x = Inputs(torch.zeros(b, h, rows, 8), torch.zeros(b, 2, columns, 8), torch.randn(b, 2, columns, 8))
     x = x._replace(seed=torch.tensor([0x7EDCBA9876543210]))
     spec = make_spec(x, Options(dropout_p=p, weights="heads"))
-    weights = BACKENDS[backend].forward(spec, x).weights
+    place = DEVICE if backend == "triton" else "cpu"
+    placed = Inputs(*(None if t is None else t.to(place) for t in x))  # type: ignore[arg-type]
+    weights = BACKENDS[backend].forward(spec, placed).weights
     assert weights is not None and x.seed is not None
     expected = philox.keep_mask(x.seed, p, torch.arange(b), h, rows, columns)
-    assert torch.equal(weights != 0, expected)
+    assert torch.equal(weights.cpu() != 0, expected)
 
 
 def test_manual_seed_governs_dropout() -> None:

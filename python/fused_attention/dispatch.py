@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .backends import cpu, reference
+from .backends import cpu, reference, triton
 from .spec import ArgumentError, AttentionSpec, Device, Inputs, Outputs
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -27,9 +27,15 @@ class Backend(Protocol):
 
     def backward(self, spec: AttentionSpec, x: Inputs, out: Outputs, grads: Gradients) -> dict[str, Tensor]: ...
 
+    def plan(self, spec: AttentionSpec, device: Device) -> str | None: ...
+
 
 # In order of preference; the reference is last and refuses nothing.
-BACKENDS: dict[str, Backend] = {"cpu": cast(Backend, cpu), "reference": cast(Backend, reference)}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cast(Backend, cpu),
+    "triton": cast(Backend, triton),
+    "reference": cast(Backend, reference),
+}
 
 
 class BackendError(RuntimeError):
@@ -64,6 +70,11 @@ def use_backend(name: str, strict: bool = True) -> Iterator[None]:
         _request.reset(token)
 
 
+def requested() -> tuple[str, bool]:
+    """The backend that `use_backend` asks for here ("auto" without one), and whether strictly."""
+    return _request.get()
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which backend runs a call, and per backend None (able) or the reason why it is not."""
@@ -78,7 +89,7 @@ def select(spec: AttentionSpec, device: Device) -> Choice:
     Raises:
         BackendError: a backend was named with `strict=True` and does not support the call.
     """
-    name, strict = _request.get()
+    name, strict = requested()
     reasons: dict[str, str | None] = {}
     if name != "auto":
         reasons[name] = BACKENDS[name].supports(spec, device)
@@ -128,6 +139,7 @@ class Explanation:
     backend: str | None
     reasons: dict[str, str | None]  # per backend: None if it can run the call
     notes: list[str]
+    plan: str | None = None  # what the chosen backend would launch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -139,6 +151,7 @@ class Explanation:
             "backend": self.backend,
             "device": asdict(self.device),
             "reasons": self.reasons,
+            "plan": self.plan,
             "notes": self.notes,
             "spec": spec,
         }
@@ -159,13 +172,15 @@ class Explanation:
             else:
                 state = "able, not needed" if reason is None else f"no: {reason}"
             lines.append(f"  {name:<10} {state}")
+        if self.plan:
+            lines.append(f"  plan: {self.plan}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def explain(spec: AttentionSpec, device: Device, notes: list[str]) -> Explanation:
     """Ask every backend about one call, without running it."""
-    name, strict = _request.get()
+    name, strict = requested()
     reasons = {n: b.supports(spec, device) for n, b in BACKENDS.items()}
     able = [n for n, reason in reasons.items() if reason is None]
     if name == "auto" or (name not in able and not strict):
@@ -174,4 +189,5 @@ def explain(spec: AttentionSpec, device: Device, notes: list[str]) -> Explanatio
         chosen = name if name in able else None
     if chosen == "reference":
         notes = [*notes, "the reference needs O(M N) memory"]
-    return Explanation(spec, device, chosen, reasons, notes)
+    plan = BACKENDS[chosen].plan(spec, device) if chosen else None
+    return Explanation(spec, device, chosen, reasons, notes, plan)

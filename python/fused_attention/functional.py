@@ -251,10 +251,14 @@ def explain(
     batch_invariant: bool = False,
     return_lse: bool = False,
     return_weights: WeightsMode | None = None,
+    device: str | None = None,
 ) -> dispatch.Explanation:
     """Which backend would run this call of `attention`, and why each other one would not. Nothing is computed.
 
     Takes the arguments of `attention`, and raises as it does.
+
+    Args:
+        device: as if the tensors were on another device, which need not be here: "cpu", "cuda:sm_90", "cuda:gfx942".
 
     Returns:
         An `Explanation`: `str()` of it is a table for people, `to_dict()` plain data for machines.
@@ -262,7 +266,8 @@ def explain(
     left, right = window_sides(window)
     x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
     spec = make_spec(x, Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights))
-    return dispatch.explain(spec, Device.of(x.query), _notes(x, spec))
+    where = Device.of(x.query) if device is None else Device.parse(device)
+    return dispatch.explain(spec, where, _notes(x, spec))
 
 
 def _notes(x: Inputs, spec: AttentionSpec) -> list[str]:

@@ -1,4 +1,4 @@
-"""In which order the dimensions of an output lie in memory: the query's."""
+"""In which order the dimensions of a tensor lie in memory: of an output, and of what kernels read."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
         return query.new_empty(shape)
     order, back = memory_order(query)
     return query.new_empty([shape[d] for d in order]).permute(back)
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    """Kernels read rows of unit stride; a tensor laid out otherwise is copied."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

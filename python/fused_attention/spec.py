@@ -118,14 +118,23 @@ class Device:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Device:
-        if tensor.is_cpu:
-            return _CPU
         if tensor.device.type != "cuda":
-            return cls(tensor.device.type)
+            return _CPU if tensor.is_cpu else cls(tensor.device.type)
         properties = torch.cuda.get_device_properties(tensor.device)
         if torch.version.hip:
             return cls("cuda", properties.gcnArchName.split(":")[0])
         return cls("cuda", f"sm_{properties.major}{properties.minor}")
+
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """A kind of device that need not be here ("cpu", "cuda:sm_90", "cuda:gfx942"), or one that is ("cuda:0")."""
+        kind, _, which = text.partition(":")
+        if kind == "cuda" and which.startswith(("sm_", "gfx")):
+            return cls(kind, which)
+        if kind == "cuda":
+            return cls.of(torch.empty(0, device=text))
+        return cls(torch.device(text).type)
 
 
 _CPU = Device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import output_like
+from ..layout import output_like, rows_contiguous
 from ..spec import AttentionSpec, Device, Inputs, Outputs
 
 _C: ModuleType | None = None
@@ -48,6 +48,11 @@ def supports(spec: AttentionSpec, device: Device) -> str | None:
     return None
 
 
+def plan(spec: AttentionSpec, device: Device) -> str | None:
+    """Which instruction set the kernels use."""
+    return f"{info()['isa']} kernels, up to {torch.get_num_threads()} threads"
+
+
 def _argument(t: Tensor) -> tuple[int, ...]:
     return (t.data_ptr(), DTYPE_CODES[t.dtype], *t.stride())
 
@@ -56,11 +61,6 @@ def _broadcast(t: Tensor) -> tuple[int, ...]:
     """A tensor argument whose dimensions of size 1 have stride 0."""
     strides = [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
     return (t.data_ptr(), DTYPE_CODES[t.dtype], *strides)
-
-
-def rows_contiguous(t: Tensor) -> Tensor:
-    """The kernels read rows of unit stride; a tensor laid out otherwise is copied."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def _arguments(spec: AttentionSpec, x: Inputs) -> tuple[dict[str, Any], list[Tensor]]:

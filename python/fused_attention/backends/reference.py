@@ -25,6 +25,11 @@ def supports(spec: AttentionSpec, device: Device) -> str | None:
     return None
 
 
+def plan(spec: AttentionSpec, device: Device) -> str | None:
+    """Nothing is launched but torch's own operations."""
+    return None
+
+
 def diagonal(spec: AttentionSpec, x: Inputs, rows: int, columns: int) -> Tensor:
     """The key on the diagonal of row 0, [B or 1, 1, 1, 1]: 0, or (keys - rows) for the bottom-right alignment."""
     if spec.causal != "bottom_right":

@@ -1,0 +1,72 @@
+"""The Triton kernels: what they support, and how a call is run. Triton is imported by the first call, not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ...spec import AttentionSpec, Device, Inputs, Outputs
+
+MAX_HEAD_DIM = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_installed = importlib.util.find_spec("triton") is not None
+
+
+def supports(spec: AttentionSpec, device: Device) -> str | None:
+    """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+    if not _installed:
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "runs on CUDA and ROCm tensors; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device.type not in ("cpu", "cuda"):
+        return f"runs on CUDA and ROCm tensors, not on {device.type}"
+    if device.arch is not None and device.arch.startswith("sm_") and int(device.arch[3:]) < 80:
+        return f"needs sm_80 or newer, not {device.arch}"
+    if spec.transform:
+        return f"{spec.transform} needs operations that torch can trace"
+    if spec.dtype not in DTYPES:
+        return f"float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
+    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+        return f"head dims up to {MAX_HEAD_DIM}, not {max(spec.head_dim, spec.value_dim)}"
+    if "alibi_slopes" in spec.gradients:
+        return "no gradient for alibi_slopes"
+    return None
+
+
+def plan(spec: AttentionSpec, device: Device) -> str | None:
+    """The tile configs of the kernels that would be launched."""
+    from . import configs
+
+    chosen = {"forward": configs.forward(device.arch, spec)}
+    if spec.weights:
+        chosen["weights"] = configs.weights(device.arch, spec)
+    if spec.gradients & {"key", "value"}:
+        chosen["dK and dV"] = configs.key_gradient(device.arch, spec)
+    if "query" in spec.gradients:
+        chosen["dQ"] = configs.query_gradient(device.arch, spec)
+    if spec.gradients & {"mask", "bias"}:
+        chosen["dBias"] = configs.additive_gradient(device.arch, spec)
+    return "; ".join(f"{name} {config}" for name, config in chosen.items())
+
+
+def forward(spec: AttentionSpec, x: Inputs) -> Outputs:
+    """Run the forward kernel, then the weights kernel where weights are asked for."""
+    from . import attention, launch
+
+    launches, out = attention.forward_launches(spec, x, Device.of(x.query).arch)
+    launch.run(launches, x.query)
+    return out
+
+
+def backward(
+    spec: AttentionSpec, x: Inputs, out: Outputs, grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> dict[str, Tensor]:
+    """Gradients of the inputs named in `spec.gradients`, recomputed from lse; bit-equal from run to run."""
+    from . import gradients, launch
+
+    launches, found = gradients.backward_launches(spec, x, out, grads, Device.of(x.query).arch)
+    launch.run(launches, x.query)
+    return gradients.finish(spec, x, out, found)
