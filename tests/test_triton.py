@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.triton, needs_triton]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The interpreter takes some seconds for what a GPU does in microseconds.
-VALUES = 4096 if INTERPRETED else 16384
+VALUES = 2048 if INTERPRETED else 16384
 
 
 def _fewer_heads(case: Case) -> Case:

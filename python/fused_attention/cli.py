@@ -1,4 +1,4 @@
-"""`python -m fused_attention info` and `explain`: what is here, and what would run."""
+"""`python -m fused_attention info`, `explain` and `tune`: what is here, what would run, and with which tiles."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, dispatch
 from .backends import cpu
+from .backends.triton import tune
 from .spec import DIFFERENTIABLE, AttentionSpec, Device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -167,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true")
     info.add_argument("--features", action="store_true", help="what each backend supports, as a Markdown table")
     _add_explain(commands)
+    tune.add_arguments(commands.add_parser("tune", help="time tile configs of the Triton kernels on the GPU at hand"))
     args = parser.parse_args(argv)
+    if args.command == "tune":
+        return tune.run(args)
     if args.command == "info" and args.features:
         print(feature_table())
         return 0

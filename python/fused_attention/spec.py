@@ -125,7 +125,6 @@ class Device:
             return cls("cuda", properties.gcnArchName.split(":")[0])
         return cls("cuda", f"sm_{properties.major}{properties.minor}")
 
-
     @classmethod
     def parse(cls, text: str) -> Device:
         """A kind of device that need not be here ("cpu", "cuda:sm_90", "cuda:gfx942"), or one that is ("cuda:0")."""

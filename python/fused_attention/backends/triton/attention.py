@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...layout import output_like, rows_contiguous
 from ...spec import AttentionSpec, Inputs, Outputs
 from . import configs, forward_kernels, weights_kernels
-from .launch import Launch
+from .launch import Launch, compile_options
 from .tiles import Problem, View
 
 FAR = 1 << 30  # a window side that reaches everywhere, and leaves room to add positions in 32 bits
@@ -84,6 +84,7 @@ def _constants(spec: AttentionSpec, float32_precision: str | None) -> tuple[Any,
         "raw": tl.constexpr(not exact and not added and spec.scale > 0.0),
         "exact": tl.constexpr(exact),
         "precision": tl.constexpr(float32_precision),
+        "chunk": tl.constexpr(configs.chunk(spec, float32_precision)),
     }
     return tuple(found[name] for name in Problem._fields[11:])
 
@@ -168,7 +169,6 @@ def forward_launches(spec: AttentionSpec, x: Inputs, arch: str | None) -> tuple[
 class _Plan(NamedTuple):
     """What a spec alone decides about a launch; found once per spec."""
 
-    config: configs.Config
     group: int  # query heads whose rows share a block
     blocks: int
     heads: int  # over which blocks are repeated
@@ -176,8 +176,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_plan(spec: AttentionSpec, arch: str | None) -> _Plan:
-    c = configs.forward(arch, spec)
+def _forward_plan(spec: AttentionSpec, arch: str | None, c: configs.Config) -> _Plan:
     pack = spec.group > 1 and spec.rows < c.BLOCK_M
     group, heads = (spec.group, spec.kv_heads) if pack else (1, spec.heads)
     options = {
@@ -188,15 +187,17 @@ def _forward_plan(spec: AttentionSpec, arch: str | None) -> _Plan:
         "PACK": pack,
         "STEPS": (spec.batch - 1).bit_length() if spec.packed else 0,
         "SPECIALIZE": c.specialize,
-        **c.launch,
+        "num_stages": c.stages,
+        **compile_options(arch, c.warps),
     }
-    return _Plan(c, group, triton.cdiv(spec.rows * group, c.BLOCK_M), heads, options)
+    return _Plan(group, triton.cdiv(spec.rows * group, c.BLOCK_M), heads, options)
 
 
 def _forward(
     spec: AttentionSpec, x: Inputs, p: Problem, arch: str | None, out: tuple[Tensor, Tensor], stats: Any
 ) -> Launch:
-    c, group, blocks, heads, options = _forward_plan(spec, arch)
+    c = configs.forward(arch, spec)
+    group, blocks, heads, options = _forward_plan(spec, arch, c)
     keys = describe(p.key.p, c.BLOCK_N, options["BLOCK_D"]) if c.descriptors else None
     values = describe(p.value.p, c.BLOCK_N, options["BLOCK_DV"]) if c.descriptors else None
     grid, order = blocks * heads * spec.batch, None
@@ -219,4 +220,5 @@ def _weights(spec: AttentionSpec, p: Problem, arch: str | None, weights: Tensor,
         "BLOCK_D": configs.padded(spec.head_dim),
     }
     args = (p, weights_view(weights), *stats, row_blocks, key_blocks)
-    return Launch(weights_kernels.weights_kernel, (grid,), args, options | c.launch)
+    options |= {"num_stages": c.stages, **compile_options(arch, c.warps)}
+    return Launch(weights_kernels.weights_kernel, (grid,), args, options)

@@ -23,6 +23,7 @@ from .tiles import (
     INF,
     LOG2E,
     capped,
+    chunked,
     dot,
     exponent,
     finite,
@@ -121,9 +122,9 @@ def through_softcap(x, ds, c):
 
 @triton.jit
 def key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, lo, hi,
-                      n0, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
-                      CLEAN: tl.constexpr):  # fmt: skip
-    """Add to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV], either of which may be None, from rows lo .. hi."""
+                      n0, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr,
+                      WANT_K: tl.constexpr, WANT_V: tl.constexpr):  # fmt: skip
+    """Add to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV], what is wanted of them, from rows lo .. hi."""
     BLOCK_N: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     BLOCK_DV: tl.constexpr = v.shape[1]
@@ -144,7 +145,12 @@ def key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dou
             if CLEAN:
                 q = tl.where(alive[:, None], q, 0.0).to(q.dtype)
                 do = tl.where(alive[:, None], do, 0.0).to(do.dtype)
-        c = capped(x, dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision))
+        if x.chunk == 0:
+            c = dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
+        else:
+            c = chunked(x, x.key, kv_head, seq.key_start, n0 + tl.arange(0, BLOCK_N), seq.columns, x.query, head,
+                        seq.row_start, r, seq.rows, seq, x.D, BLOCK_D)  # fmt: skip
+        c = capped(x, c)
         s = hidden(x, c, seq, head, m[None, :], n, MASKED)  # [BLOCK_N, BLOCK_M]
         p = probabilities(x, s, row_lse[None, :], head, 0, WHOLE)
         keep = None
@@ -152,10 +158,14 @@ def key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dou
         if x.threshold is not None:
             keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N).T
             weights = tl.where(keep, p, 0.0)
-        if dv is not None:
+        if WANT_V:
             dv = dot(weights.to(do.dtype), do, dv, x.precision)
-        if dk is not None:
-            dp = dot(v, do.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
+        if WANT_K:
+            if x.chunk == 0:
+                dp = dot(v, do.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
+            else:
+                dp = chunked(x, x.value, kv_head, seq.key_start, n0 + tl.arange(0, BLOCK_N), seq.columns, dout, head,
+                             seq.row_start, r, seq.rows, seq, x.DV, BLOCK_DV)  # fmt: skip
             ds = score_gradient(x, p, dp, row_delta[None, :], dlse, s, dweights, seq, head, m[None, :], n, keep, 0,
                                 WHOLE, HIDES)  # fmt: skip
             dk = dot(through_softcap(x, ds, c).to(q.dtype), q, dk, x.precision)
@@ -164,23 +174,26 @@ def key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dou
 
 @triton.jit
 def key_gradient_heads(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, n0,
-                       BLOCK_M: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr):  # fmt: skip
+                       BLOCK_M: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr, WANT_K: tl.constexpr,
+                       WANT_V: tl.constexpr):  # fmt: skip
     """dk and dv over all rows of all heads of the group."""
     begin, full_begin, full_end, end = row_range(x, seq, n0, BLOCK_M, k.shape[0])
     for g in range(x.group):
         head = kv_head * x.group + g
         if CLEAN:
             dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
-                                       douts, begin, end, n0, BLOCK_M, True, WHOLE, CLEAN)  # fmt: skip
+                                       douts, begin, end, n0, BLOCK_M, True, WHOLE, CLEAN, WANT_K, WANT_V)  # fmt: skip
         else:
             if x.right is not None:
                 dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights,
                                            queries, douts, begin, full_begin, n0, BLOCK_M, True, WHOLE,
-                                           CLEAN)  # fmt: skip
+                                           CLEAN, WANT_K, WANT_V)  # fmt: skip
             dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
-                                       douts, full_begin, full_end, n0, BLOCK_M, False, WHOLE, CLEAN)  # fmt: skip
+                                       douts, full_begin, full_end, n0, BLOCK_M, False, WHOLE, CLEAN, WANT_K,
+                                       WANT_V)  # fmt: skip
             dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
-                                       douts, full_end, end, n0, BLOCK_M, True, WHOLE, CLEAN)  # fmt: skip
+                                       douts, full_end, end, n0, BLOCK_M, True, WHOLE, CLEAN, WANT_K,
+                                       WANT_V)  # fmt: skip
     return dk, dv
 
 
@@ -202,26 +215,17 @@ def key_gradient_kernel(x, dkey, dvalue, lse, delta, dlse, dout, dweights, queri
     stored = seq.columns if x.key_lengths is None else x.columns
     k = load_keys(x.key, None, seq, kv_head, n0, x.D, BLOCK_N, BLOCK_D, True)
     v = load_keys(x.value, None, seq, kv_head, n0, x.DV, BLOCK_N, BLOCK_DV, True)
-    dk = None
-    dv = None
-    if dkey is not None:
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if dvalue is not None:
-        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    WANT_K: tl.constexpr = dkey is not None
+    WANT_V: tl.constexpr = dvalue is not None
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # what is not wanted costs nothing
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dk, dv = key_gradient_heads(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, n0,
-                                BLOCK_M, WHOLE, False)  # fmt: skip
-    again = False
-    if dkey is not None:
-        again |= spoiled(dk)
-    if dvalue is not None:
-        again |= spoiled(dv)
-    if again:
-        if dkey is not None:
-            dk = tl.zeros_like(dk)
-        if dvalue is not None:
-            dv = tl.zeros_like(dv)
+                                BLOCK_M, WHOLE, False, WANT_K, WANT_V)  # fmt: skip
+    if spoiled(dk) or spoiled(dv):
+        dk = tl.zeros_like(dk)
+        dv = tl.zeros_like(dv)
         dk, dv = key_gradient_heads(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts,
-                                    n0, BLOCK_M, WHOLE, True)  # fmt: skip
+                                    n0, BLOCK_M, WHOLE, True, WANT_K, WANT_V)  # fmt: skip
     n = n0 + tl.arange(0, BLOCK_N)
     if dkey is not None:
         d = tl.arange(0, BLOCK_D)
@@ -238,7 +242,7 @@ def key_gradient_kernel(x, dkey, dvalue, lse, delta, dlse, dout, dweights, queri
 
 
 @triton.jit
-def query_gradient_keys(x, seq, head, m, q, do, lse, delta, dlse, dq, dweights, keys, values, lo, hi,
+def query_gradient_keys(x, seq, head, m, q, do, dout, lse, delta, dlse, dq, dweights, keys, values, lo, hi,
                         BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
                         CLEAN: tl.constexpr):  # fmt: skip
     """Add to dq [BLOCK_M, BLOCK_D] from keys lo .. hi; lse and delta [BLOCK_M]."""
@@ -251,13 +255,22 @@ def query_gradient_keys(x, seq, head, m, q, do, lse, delta, dlse, dq, dweights, 
         n = n0 + tl.arange(0, BLOCK_N)[None, :]
         k = load_keys(x.key, keys, seq, kv_head, n0, x.D, BLOCK_N, BLOCK_D, MASKED)
         v = load_keys(x.value, values, seq, kv_head, n0, x.DV, BLOCK_N, BLOCK_DV, MASKED)
-        c = capped(x, dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision))
+        if x.chunk == 0:
+            c = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+        else:
+            c = chunked(x, x.query, head, seq.row_start, m, seq.rows, x.key, kv_head, seq.key_start,
+                        n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.D, BLOCK_D)  # fmt: skip
+        c = capped(x, c)
         s = hidden(x, c, seq, head, m[:, None], n, MASKED)  # [BLOCK_M, BLOCK_N]
         p = probabilities(x, s, lse[:, None], head, 1, WHOLE)
         keep = None
         if x.threshold is not None:
             keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N)
-        dp = dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+        if x.chunk == 0:
+            dp = dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+        else:
+            dp = chunked(x, dout, head, seq.row_start, m, seq.rows, x.value, kv_head, seq.key_start,
+                         n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.DV, BLOCK_DV)  # fmt: skip
         ds = score_gradient(x, p, dp, delta[:, None], dlse, s, dweights, seq, head, m[:, None], n, keep, 1, WHOLE,
                             HIDES)  # fmt: skip
         if CLEAN:
@@ -289,15 +302,16 @@ def query_gradient_kernel(x, dquery, lse, delta, dlse, dout, dweights, keys, val
     last = tl.minimum(block * BLOCK_M + BLOCK_M, seq.rows) - 1
     begin, full_begin, full_end, end = key_range(x, seq, block * BLOCK_M, last, BLOCK_N)
     if x.left is not None:
-        dq = query_gradient_keys(x, seq, head, m, q, do, row_lse, row_delta, dlse, dq, dweights, keys, values, begin,
-                                 full_begin, BLOCK_N, True, WHOLE, False)  # fmt: skip
-    dq = query_gradient_keys(x, seq, head, m, q, do, row_lse, row_delta, dlse, dq, dweights, keys, values, full_begin,
-                             full_end, BLOCK_N, False, WHOLE, False)  # fmt: skip
-    dq = query_gradient_keys(x, seq, head, m, q, do, row_lse, row_delta, dlse, dq, dweights, keys, values, full_end,
-                             end, BLOCK_N, True, WHOLE, False)  # fmt: skip
+        dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+                                 begin, full_begin, BLOCK_N, True, WHOLE, False)  # fmt: skip
+    dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+                             full_begin, full_end, BLOCK_N, False, WHOLE, False)  # fmt: skip
+    dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+                             full_end, end, BLOCK_N, True, WHOLE, False)  # fmt: skip
     if spoiled(dq):
-        dq = query_gradient_keys(x, seq, head, m, q, do, row_lse, row_delta, dlse, tl.zeros_like(dq), dweights, keys,
-                                 values, begin, end, BLOCK_N, True, WHOLE, True)  # fmt: skip
+        dq = tl.zeros_like(dq)
+        dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+                                 begin, end, BLOCK_N, True, WHOLE, True)  # fmt: skip
     p_dquery = rows_of(dquery, b, head, seq.row_start, m[:, None], d[None, :])
     at = (r < seq.rows)[:, None] & (d < x.D)[None, :]
     tl.store(p_dquery, (dq * x.scale).to(dquery.p.dtype.element_ty), mask=at)

@@ -1,17 +1,31 @@
-"""Which tile sizes, warps and stages a kernel takes: pure functions of the chip, the dtype and the head dims.
+"""Which tile sizes, warps and stages a kernel takes: pure functions of the chip and of the call's spec.
 
-arch is "sm_80", "sm_90", "sm_100", "gfx942" or None for the interpreter. Numbers are bounded by registers (255 per
-thread), by shared memory (sm_80: 163 KiB, sm_90 and sm_100: 227 KiB a block, gfx942: 64 KiB) and by what the matrix
-unit wants (wgmma and tcgen05: 64 or 128 rows per group of four warps).
+arch is "sm_80", "sm_90", "sm_100", "gfx942" or a relative of one, or None for the interpreter. A choice depends on the
+kernel, the chip's family, the operands (16 bits or float32), the larger head dim, and on whether the call is heavy: a
+mask, bias, softcap, ALiBi, dropout or weights keep so many more values alive that only smaller tiles stay within 255
+registers a thread. Nothing depends on the batch, so a row's result does not.
+
+The static choices were found by compiling for each chip ahead of time: the first without register spills in every call
+of its class, within the chip's shared memory, in this order: the larger tile (more operations per byte that is read),
+at least two pipeline stages, more blocks per multiprocessor. What was measured on a GPU (`python -m fused_attention
+tune`) stands in tuned.json and comes before them. Nothing is timed here.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from ...spec import AttentionSpec
+
+TABLE = Path(__file__).with_name("tuned.json")
 
 
 class Config(NamedTuple):
@@ -25,9 +39,16 @@ class Config(NamedTuple):
     specialize: bool = False  # loads and matrix products on warps of their own
     together: bool = True  # dK and dV in one kernel
 
-    @property
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def __str__(self) -> str:
+        extras = [n for n in ("descriptors", "specialize") if getattr(self, n)] + ["dK, dV apart"] * (not self.together)
+        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.warps} warps, {self.stages} stages" + "".join(
+            f", {e}" for e in extras
+        )
+
+
+INTERPRETER = Config(32, 32, 4, 1)  # small tiles: odd sizes meet the edges of several
+DELTA = Config(32, 0, 8, 1)  # bound by memory: 32 rows of 512 floats are 128 registers a thread in two tensors
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def padded(dim: int) -> int:
@@ -35,9 +56,37 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def family(arch: str) -> str:
+    """The chip whose numbers serve, of the five that have some."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch[3:])
+    if number >= 120 or 80 < number < 90 and number != 87:
+        return "sm_86"  # RTX and L40: mma.sync, and 99 KiB of shared memory a block
+    return "sm_80" if number < 90 else "sm_90" if number < 100 else "sm_100"
+
+
 def hopper_or_newer(arch: str) -> bool:
     """Whether tensor descriptors become TMA."""
     return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
+def heavy(spec: AttentionSpec) -> bool:
+    """Whether a call needs registers for more than scores, weights and accumulators.
+
+    Packed sequences with a window count: their offsets and three loops over tiles take as much.
+    """
+    added = spec.mask is not None or spec.bias is not None or spec.alibi_slopes or spec.softcap is not None
+    return added or spec.dropout_p > 0.0 or spec.weights is not None or (spec.packed and spec.window is not None)
+
+
+def chunk(spec: AttentionSpec, float32_precision: str | None) -> int:
+    """How many head dims a product takes at a time; 0: all.
+
+    IEEE float32 runs as fused multiply-adds on operands that lie in registers over all dims taken at once: 16 of them
+    leave room for the accumulators at head dim 512.
+    """
+    return 16 if float32_precision == "ieee" and padded(max(spec.head_dim, spec.value_dim)) > 32 else 0
 
 
 def shares(tiles: int, steps: int) -> int:
@@ -47,50 +96,284 @@ def shares(tiles: int, steps: int) -> int:
 
 def forward(arch: str | None, spec: AttentionSpec) -> Config:
     """The forward kernel's config."""
-    d = padded(max(spec.head_dim, spec.value_dim))
-    if arch is None:
-        return Config(32, 32, 4, 1)
-    if arch.startswith("gfx"):
-        return Config(64, 32, 4, 1)
-    if spec.dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    return Config(128 if d <= 128 else 64, 64 if d <= 128 else 32, 8, 2, hopper_or_newer(arch))
+    return _choice("forward", arch, spec)
 
 
 def delta(arch: str | None, spec: AttentionSpec) -> Config:
-    """Of the kernel that sums output times its gradient: bound by memory."""
-    return Config(32, 0, 4, 1)
+    """Of the kernel that sums output times its gradient."""
+    return DELTA
 
 
 def key_gradient(arch: str | None, spec: AttentionSpec) -> Config:
-    """Of dK and dV."""
-    if arch is None:
-        return Config(32, 32, 4, 1)
-    d = padded(max(spec.head_dim, spec.value_dim))
-    if spec.dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    return Config(32, 64 if d <= 128 else 32, 8, 1, hopper_or_newer(arch), together=d <= 256)
+    """Of dK and dV; a program holds BLOCK_N keys and steps over BLOCK_M rows."""
+    return _choice("key_gradient", arch, spec)
 
 
 def query_gradient(arch: str | None, spec: AttentionSpec) -> Config:
     """Of dQ."""
-    if arch is None:
-        return Config(32, 32, 4, 1)
-    d = padded(max(spec.head_dim, spec.value_dim))
-    if spec.dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    return Config(64, 64 if d <= 128 else 32, 8, 1, hopper_or_newer(arch))
+    return _choice("query_gradient", arch, spec)
 
 
 def weights(arch: str | None, spec: AttentionSpec) -> Config:
-    """Of the attention weights: bound by writing them."""
-    if arch is None:
-        return Config(32, 32, 4, 1)
-    return Config(32, 64, 4, 1)
+    """Of the attention weights."""
+    return _choice("weights", arch, spec)
 
 
 def additive_gradient(arch: str | None, spec: AttentionSpec) -> Config:
     """Of the gradient of a mask or bias."""
+    return _choice("additive_gradient", arch, spec)
+
+
+# --- how a choice is made -------------------------------------------------------------------------------------
+
+_forced: ContextVar[dict[str, Config]] = ContextVar("forced configs")
+
+
+@contextmanager
+def override(kernel: str, config: Config) -> Iterator[None]:
+    """Give one kernel a config, whatever the tables say; for tuning, which tries several."""
+    token = _forced.set({**_forced.get({}), kernel: config})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _choice(kernel: str, arch: str | None, spec: AttentionSpec) -> Config:
+    forced = _forced.get(None)
+    if forced and kernel in forced:
+        return forced[kernel]
     if arch is None:
-        return Config(32, 32, 4, 1)
-    return Config(32, 32, 4, 1)
+        return INTERPRETER
+    return _found(kernel, arch, spec.dtype, padded(max(spec.head_dim, spec.value_dim)), heavy(spec))
+
+
+@functools.cache
+def _found(kernel: str, arch: str, dtype: torch.dtype, dim: int, is_heavy: bool) -> Config:
+    measured = tuned().get((arch, kernel, entry(dtype, dim, is_heavy)))
+    return measured or _static(kernel, arch, dtype, dim, is_heavy)
+
+
+def static(kernel: str, arch: str, spec: AttentionSpec) -> Config:
+    """The choice without what was measured."""
+    return _static(kernel, arch, spec.dtype, padded(max(spec.head_dim, spec.value_dim)), heavy(spec))
+
+
+def _static(kernel: str, arch: str, dtype: torch.dtype, dim: int, is_heavy: bool) -> Config:
+    column = max(dim, 64).bit_length() - 7  # dims up to 64, 128, 256, 512
+    if dtype == torch.float32:
+        return _FLOAT[kernel][column]
+    if kernel in _SQUARE:
+        return _SQUARE[kernel][column]
+    chip = family(arch)
+    if chip == "sm_86":  # 99 KiB of shared memory: what is heavy on sm_80 fits
+        chip, is_heavy = "sm_80", True
+    return _HALF[kernel, chip, "heavy" if is_heavy else "light"][column]
+
+
+def entry(dtype: torch.dtype, dim: int, is_heavy: bool) -> str:
+    """The name of an entry in the table of what was measured: "bf16/128/light"."""
+    return f"{DTYPES[dtype]}/{padded(dim)}/{'heavy' if is_heavy else 'light'}"
+
+
+@functools.cache
+def tuned(path: Path = TABLE) -> dict[tuple[str, str, str], Config]:
+    """What was measured, by (arch, kernel, entry), from {arch: {kernel: {entry: [BLOCK_M, ...]}, "measured": ...}}.
+
+    Raises:
+        ValueError: the file is not such a table; the message names the entry.
+    """
+    found = {}
+    for arch, kernels in json.loads(path.read_text()).items():
+        for kernel, entries in kernels.items():
+            if kernel == "measured":  # the GPU, driver, versions and date
+                continue
+            for name, numbers in entries.items():
+                found[arch, kernel, name] = _read(f"{path}: {arch} {kernel} {name}", kernel, numbers)
+    return found
+
+
+def _read(where: str, kernel: str, numbers: Any) -> Config:
+    kinds = (int,) * 4 + (bool,) * 3
+    if kernel not in KERNELS:
+        raise ValueError(f"{where}: no such kernel, expected one of {', '.join(KERNELS)}")
+    if not isinstance(numbers, list) or [type(n) for n in numbers] != list(kinds):
+        raise ValueError(f"{where}: got {numbers!r}, expected {list(Config._fields)}")
+    c = Config(*numbers)
+    powers = all(n > 0 and n & (n - 1) == 0 for n in c[:3])
+    if not powers or c.BLOCK_M < 16 or c.BLOCK_N < 16 or c.stages < 1:
+        raise ValueError(f"{where}: got {numbers!r}, expected powers of two, blocks of at least 16, a stage or more")
+    return c
+
+
+# --- the static choices ---------------------------------------------------------------------------------------
+
+KERNELS = ("forward", "key_gradient", "query_gradient", "weights", "additive_gradient")
+T = True  # through tensor descriptors
+
+# 16-bit operands, for head dims up to 64, 128, 256 and 512.
+_HALF = {
+    # mma.sync; 163 KiB of shared memory. 215 to 255 registers a thread, one block per multiprocessor.
+    ("forward", "sm_80", "light"): (
+        Config(128, 64, 8, 3),
+        Config(128, 32, 8, 3),
+        Config(64, 32, 8, 2),
+        Config(32, 32, 8, 1),
+    ),
+    ("forward", "sm_80", "heavy"): (
+        Config(64, 64, 8, 2),
+        Config(64, 32, 8, 2),
+        Config(32, 32, 8, 1),
+        Config(16, 32, 8, 1),
+    ),
+    ("key_gradient", "sm_80", "light"): (
+        Config(32, 64, 8, 2),
+        Config(32, 64, 8, 2),
+        Config(32, 32, 8, 1),
+        Config(16, 16, 8, 1, together=False),
+    ),
+    ("key_gradient", "sm_80", "heavy"): (
+        Config(32, 32, 8, 1),
+        Config(32, 32, 8, 1),
+        Config(16, 16, 8, 1, together=False),
+        Config(16, 16, 8, 1, together=False),
+    ),
+    ("query_gradient", "sm_80", "light"): (
+        Config(128, 64, 8, 2),
+        Config(64, 64, 8, 2),
+        Config(64, 32, 8, 1),
+        Config(32, 16, 8, 1),
+    ),
+    ("query_gradient", "sm_80", "heavy"): (
+        Config(32, 32, 4, 1),
+        Config(32, 32, 8, 1),
+        Config(32, 16, 8, 1),
+        Config(16, 16, 8, 1),
+    ),
+    # wgmma with TMA up to head dim 256. At 512 the 64 rows that wgmma takes leave no registers: mma.sync.
+    ("forward", "sm_90", "light"): (
+        Config(128, 128, 8, 3, T),
+        Config(128, 128, 8, 2, T),
+        Config(64, 64, 8, 2, T),
+        Config(32, 32, 8, 1),
+    ),
+    ("forward", "sm_90", "heavy"): (
+        Config(64, 64, 8, 2, T),
+        Config(64, 64, 8, 2, T),
+        Config(64, 16, 8, 2, T),
+        Config(16, 32, 8, 1),
+    ),
+    ("key_gradient", "sm_90", "light"): (
+        Config(32, 128, 8, 2, T),
+        Config(32, 64, 8, 2, T),
+        Config(32, 32, 8, 1),
+        Config(16, 16, 8, 1, together=False),
+    ),
+    ("key_gradient", "sm_90", "heavy"): (
+        Config(32, 64, 8, 1, T),
+        Config(32, 32, 8, 1),
+        Config(32, 32, 8, 1, together=False),
+        Config(16, 16, 8, 1, together=False),
+    ),
+    ("query_gradient", "sm_90", "light"): (
+        Config(128, 128, 8, 2, T),
+        Config(128, 64, 8, 2, T),
+        Config(64, 32, 8, 2, T),
+        Config(32, 16, 8, 1),
+    ),
+    ("query_gradient", "sm_90", "heavy"): (
+        Config(128, 32, 8, 2, T),
+        Config(64, 32, 8, 2, T),
+        Config(32, 16, 8, 1),
+        Config(16, 16, 8, 1),
+    ),
+    # tcgen05 with TMA up to head dim 256; the accumulators lie in tensor memory. At 512 as on sm_90.
+    ("forward", "sm_100", "light"): (
+        Config(128, 64, 8, 3, T),
+        Config(128, 64, 8, 3, T),
+        Config(128, 32, 8, 2, T),
+        Config(32, 32, 8, 1),
+    ),
+    ("forward", "sm_100", "heavy"): (
+        Config(128, 64, 8, 2, T),
+        Config(64, 32, 8, 2, T),
+        Config(32, 32, 8, 1),
+        Config(16, 32, 8, 1),
+    ),
+    ("key_gradient", "sm_100", "light"): (
+        Config(64, 128, 8, 2, T),
+        Config(32, 128, 8, 2, T),
+        Config(32, 32, 8, 1),
+        Config(16, 16, 8, 1, together=False),
+    ),
+    ("key_gradient", "sm_100", "heavy"): (
+        Config(32, 64, 8, 1, T),
+        Config(32, 64, 8, 1, T),
+        Config(32, 32, 8, 1, together=False),
+        Config(16, 16, 8, 1, together=False),
+    ),
+    ("query_gradient", "sm_100", "light"): (
+        Config(128, 64, 8, 2, T),
+        Config(128, 64, 8, 2, T),
+        Config(64, 32, 8, 2, T),
+        Config(32, 16, 8, 1),
+    ),
+    ("query_gradient", "sm_100", "heavy"): (
+        Config(128, 32, 8, 1, T),
+        Config(64, 32, 8, 1, T),
+        Config(32, 16, 8, 1),
+        Config(16, 16, 8, 1),
+    ),
+    # 4 warps of 64 lanes; 64 KiB of LDS.
+    ("forward", "gfx942", "light"): (
+        Config(128, 64, 4, 1),
+        Config(128, 64, 4, 1),
+        Config(64, 64, 4, 1),
+        Config(64, 16, 4, 1),
+    ),
+    ("forward", "gfx942", "heavy"): (
+        Config(64, 64, 4, 1),
+        Config(64, 64, 4, 1),
+        Config(32, 32, 4, 1),
+        Config(32, 16, 4, 1),
+    ),
+    ("key_gradient", "gfx942", "light"): (
+        Config(64, 64, 4, 1),
+        Config(64, 64, 4, 1),
+        Config(16, 32, 4, 1),
+        Config(16, 16, 4, 1, together=False),
+    ),
+    ("key_gradient", "gfx942", "heavy"): (
+        Config(32, 64, 4, 1),
+        Config(32, 64, 4, 1),
+        Config(16, 16, 4, 1, together=False),
+        Config(16, 16, 4, 1, together=False),
+    ),
+    ("query_gradient", "gfx942", "light"): (
+        Config(128, 64, 4, 1),
+        Config(64, 64, 4, 1),
+        Config(32, 32, 4, 1),
+        Config(16, 16, 4, 1),
+    ),
+    ("query_gradient", "gfx942", "heavy"): (
+        Config(64, 32, 4, 1),
+        Config(64, 32, 4, 1),
+        Config(32, 16, 4, 1),
+        Config(16, 16, 4, 1),
+    ),
+}
+
+# Float32, exact or tf32, on every chip: fused multiply-adds hold their operands in registers, 16 dims at a time.
+_FLOAT = {
+    "forward": (Config(32, 16, 8, 1),) * 4,
+    "key_gradient": (Config(16, 16, 8, 1),) * 2 + (Config(16, 16, 8, 1, together=False),) * 2,
+    "query_gradient": (Config(32, 16, 8, 1),) * 2 + (Config(16, 16, 8, 1),) * 2,
+    "weights": (Config(32, 32, 8, 1),) * 4,
+    "additive_gradient": (Config(16, 32, 8, 1),) * 2 + (Config(16, 16, 8, 1),) * 2,
+}
+
+# Bound by what they write; two products, and the tile of the result stays in registers.
+_SQUARE = {
+    "weights": (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
+    "additive_gradient": (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+}

@@ -19,6 +19,7 @@ from .tiles import (
     INF,
     LOG2E,
     capped,
+    chunked,
     dot,
     exponent,
     hidden,
@@ -41,10 +42,18 @@ def load_keys(view, descriptor, seq, kv_head, n0, D: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def products(x, seq, head, kv_head, m, q, n0, keys, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """The tile of scores of rows m and keys n0 .. n0 + BLOCK_N, in units of `exponent`."""
-    k = load_keys(x.key, keys, seq, kv_head, n0, x.D, BLOCK_N, q.shape[1], MASKED)
-    s = capped(x, dot(q, k.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32), x.precision))
-    return hidden(x, s, seq, head, m, n0 + tl.arange(0, BLOCK_N)[None, :], MASKED)
+    """The tile of scores of rows m and keys n0 .. n0 + BLOCK_N, in units of `exponent`.
+
+    head and m: [BLOCK_M, 1] (head may be a scalar); q [BLOCK_M, BLOCK_D].
+    """
+    n = n0 + tl.arange(0, BLOCK_N)
+    if x.chunk == 0:
+        k = load_keys(x.key, keys, seq, kv_head, n0, x.D, BLOCK_N, q.shape[1], MASKED)
+        s = dot(q, k.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32), x.precision)
+    else:
+        s = chunked(x, x.query, head, seq.row_start, m.reshape(q.shape[0]), seq.rows, x.key, kv_head, seq.key_start, n,
+                    seq.columns, seq, x.D, q.shape[1])  # fmt: skip
+    return hidden(x, capped(x, s), seq, head, m, n[None, :], MASKED)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from ...layout import output_like, rows_contiguous
 from ...spec import AttentionSpec, Inputs, Outputs
 from . import backward_kernels, configs, weights_kernels
 from .attention import describe, problem, row_view, schedule, view, weights_view
-from .launch import Launch
+from .launch import Launch, compile_options
 from .tiles import Problem, View
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -108,14 +108,18 @@ def _rows_grid(s: _Pass, block_m: int, keys: bool = False) -> tuple[int, Any, in
     return grid, schedule(s.x, block_m, keys=keys), blocks, (spec.batch - 1).bit_length()
 
 
-def _options(spec: AttentionSpec, c: configs.Config) -> dict[str, Any]:
+def _compile(s: _Pass, c: configs.Config) -> dict[str, int]:
+    return {"num_stages": c.stages, **compile_options(s.arch, c.warps)}
+
+
+def _options(s: _Pass, c: configs.Config) -> dict[str, Any]:
     return {
-        "WHOLE": spec.columns <= c.BLOCK_N,
+        "WHOLE": s.spec.columns <= c.BLOCK_N,
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
-        "BLOCK_D": configs.padded(spec.head_dim),
-        "BLOCK_DV": configs.padded(spec.value_dim),
-        **c.launch,
+        "BLOCK_D": configs.padded(s.spec.head_dim),
+        "BLOCK_DV": configs.padded(s.spec.value_dim),
+        **_compile(s, c),
     }
 
 
@@ -125,14 +129,14 @@ def _delta(s: _Pass, output: Tensor) -> list[Launch]:
     grid, order, blocks, steps = _rows_grid(s, c.BLOCK_M)
     args = (s.problem, view(output, spec.packed), s.lse, s.dout, s.dlse, s.delta, order, blocks)
     options = {"BLOCK_M": c.BLOCK_M, "BLOCK_DV": configs.padded(spec.value_dim), "STEPS": steps}
-    found = [Launch(backward_kernels.delta_kernel, (grid,), args, options | c.launch)]
+    found = [Launch(backward_kernels.delta_kernel, (grid,), args, options | _compile(s, c))]
     if s.dweights is not None:
         c = configs.weights(s.arch, spec)
         blocks = triton.cdiv(spec.rows, c.BLOCK_M)
         options = {"BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_D": configs.padded(spec.head_dim)}
         rest = (s.problem, s.delta, s.lse, s.dweights, blocks)
         grid = blocks * spec.heads * spec.batch
-        found.append(Launch(weights_kernels.weights_delta_kernel, (grid,), rest, options | c.launch))
+        found.append(Launch(weights_kernels.weights_delta_kernel, (grid,), rest, options | _compile(s, c)))
     return found
 
 
@@ -145,7 +149,7 @@ def _query_gradient(s: _Pass, dout: Tensor, dquery: Tensor) -> Launch:
     values = describe(s.problem.value.p, c.BLOCK_N, value_width) if c.descriptors else None
     target = view(dquery, spec.packed)
     args = (s.problem, target, s.lse, s.delta, s.dlse, s.dout, s.dweights, keys, values, order, blocks)
-    options = _options(spec, c) | {"STEPS": steps}
+    options = _options(s, c) | {"STEPS": steps}
     return Launch(backward_kernels.query_gradient_kernel, (grid,), args, options)
 
 
@@ -160,7 +164,7 @@ def _key_gradients(s: _Pass, dout: Tensor, dkey: Tensor | None, dvalue: Tensor |
     queries = describe(s.problem.query.p, c.BLOCK_M, width) if c.descriptors else None
     douts = describe(dout, c.BLOCK_M, value_width) if c.descriptors else None
     wanted = [(dkey, dvalue)] if c.together else [(dkey, None), (None, dvalue)]
-    options = _options(spec, c) | {"STEPS": steps}
+    options = _options(s, c) | {"STEPS": steps}
     launches = []
     for dk, dv in wanted:
         if dk is not None or dv is not None:
@@ -192,4 +196,4 @@ def _additive_gradient(s: _Pass, t: Tensor, found: dict[str, Tensor], name: str)
     target = AdditiveGradient(grad, grad.stride(0), grad.stride(1), grad.stride(2), t.shape[2], t.shape[3])
     args = (s.problem, target, repeats, chunk, s.lse, s.delta, s.dlse, s.dout, s.dweights, row_blocks, key_blocks)
     kernel = weights_kernels.additive_gradient_kernel
-    return [Launch(kernel, (tiles * shares,), args, _options(spec, c))]
+    return [Launch(kernel, (tiles * shares,), args, _options(s, c))]

@@ -24,6 +24,16 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+def compile_options(arch: str | None, warps: int) -> dict[str, int]:
+    """num_warps and, on NVIDIA, maxnreg: the limit that the hardware has anyway, 65536 registers for all threads.
+
+    Without one ptxas aims at a number of programs per multiprocessor, and spills a register or two to reach it.
+    """
+    if arch is None or not arch.startswith("sm_"):
+        return {"num_warps": warps}
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def run(launches: Iterable[Launch], where: Tensor) -> None:
     """Run launches in order on the device and current stream of `where`; nothing synchronises."""
     if where.is_cuda and where.device.index != torch.cuda.current_device():

@@ -30,7 +30,7 @@ class View(NamedTuple):
     b: Any
     h: Any
     m: Any
-    n: Any = None  # masks, biases and weights only
+    n: Any = 0  # masks, biases and weights only
 
 
 class Problem(NamedTuple):
@@ -64,6 +64,7 @@ class Problem(NamedTuple):
     raw: Any  # constexpr: scores are the bare products, and the scale is left to the exponent
     exact: Any  # constexpr: float32, where the last bits count
     precision: Any  # constexpr: of products of float32: "ieee", "tf32"
+    chunk: Any  # constexpr: head dims that a product takes at a time, or 0 for all
 
 
 class Sequence(NamedTuple):
@@ -148,6 +149,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def chunked(x, a, a_head, a_start, a_rows, a_limit, b, b_head, b_start, b_rows, b_limit, seq, D: tl.constexpr,
+            BLOCK_D: tl.constexpr):  # fmt: skip
+    """a b^T, [len(a_rows), len(b_rows)], a few of the head dims at a time and from memory.
+
+    IEEE products of float32 are fused multiply-adds that hold both operands in registers over all dims taken at once.
+    """
+    total = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for d0 in tl.range(0, BLOCK_D, x.chunk, num_stages=1):
+        d = (d0 + tl.arange(0, x.chunk))[None, :]
+        p_a = rows_of(a, seq.b, a_head, a_start, a_rows[:, None], d)
+        p_b = rows_of(b, seq.b, b_head, b_start, b_rows[:, None], d)
+        left = tl.load(p_a, mask=(a_rows < a_limit)[:, None] & (d < D), other=0.0)
+        right = tl.load(p_b, mask=(b_rows < b_limit)[:, None] & (d < D), other=0.0)
+        total = dot(left, right.T, total, x.precision)
+    return total
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .backward_kernels import probabilities, score_gradient
 from .forward_kernels import block_of, load_keys, products
-from .tiles import INF, LOG2E, dot, exponent, kept, key_range, load_rows, rows_of, sequence
+from .tiles import INF, LOG2E, chunked, dot, exponent, kept, key_range, load_rows, rows_of, sequence
 
 
 @triton.jit
@@ -125,8 +125,12 @@ def additive_gradient_kernel(x, grad, repeats, chunk, lse, delta, dlse, dout, dw
             do = load_rows(dout, seq.b, head, seq.row_start, m, alive, x.DV, BLOCK_DV)
             n = n0 + tl.arange(0, BLOCK_N)[None, :]
             s = products(x, seq, head, head // x.group, m[:, None], q, n0, None, BLOCK_N, True)
-            v = load_keys(x.value, None, seq, head // x.group, n0, x.DV, BLOCK_N, BLOCK_DV, True)
-            dp = dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+            if x.chunk == 0:
+                v = load_keys(x.value, None, seq, head // x.group, n0, x.DV, BLOCK_N, BLOCK_DV, True)
+                dp = dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+            else:
+                dp = chunked(x, dout, head, seq.row_start, m, seq.rows, x.value, head // x.group, seq.key_start,
+                             n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.DV, BLOCK_DV)  # fmt: skip
             keep = None
             if x.threshold is not None:
                 keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N)

@@ -1,0 +1,336 @@
+"""Incremental inference: a few rows of queries against a cache of keys and values, which grows in place.
+
+What is new is appended first; then, where row i of a sequence stands at position lengths - M + i,
+
+    output = attention(rope(query), K, V, key_lengths=lengths, causal="bottom_right")
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import cpu, reference_decode, triton
+from .cache import Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache, refuse, storable
+from .dispatch import BackendError, FallbackWarning, requested
+from .functional import AttentionResult, _any_autocast, _autocast
+from .spec import (
+    FLOAT_DTYPES,
+    Device,
+    Inputs,
+    Options,
+    Outputs,
+    Window,
+    _check_options,
+    _check_vector,
+    _need_tensor,
+    _readable,
+    _shape,
+    window_sides,
+)
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_query(cache: Cache, query: Tensor) -> None:
+    _need_tensor("query", query, optional=False)
+    if query.layout != torch.strided or query.dim() != 4:
+        refuse("query", f"{query.layout} {_shape(query)}", "a strided tensor [B, H, M, D]")
+    if not storable(query.dtype, cache.kv_dtype):
+        refuse("query.dtype", query.dtype, f"a floating dtype in which the cache's {cache.kv_dtype} is exact")
+    if query.device != cache.key.device:
+        refuse("query.device", query.device, f"the cache's {cache.key.device}")
+    batch, heads, _, head_dim = query.shape
+    if batch != cache.batch:
+        refuse("query", f"batch size {batch} in {_shape(query)}", f"the cache's batch size {cache.batch}")
+    if heads % cache.kv_heads:
+        refuse("query", f"{heads} heads in {_shape(query)}", f"a multiple of the cache's {cache.kv_heads} heads")
+    if head_dim != cache.head_dim:
+        refuse("query", f"head dim {head_dim} in {_shape(query)}", f"the cache's head dim {cache.head_dim}")
+
+
+def _check_new(cache: Cache, x: DecodeInputs) -> None:
+    if (x.key is None) != (x.value is None):
+        given, missing = ("value", "key") if x.key is None else ("key", "value")
+        refuse(missing, f"None beside a {given}", "both key and value, or neither")
+    for name, t, dim in (("key", x.key, cache.head_dim), ("value", x.value, cache.value_dim)):
+        _need_tensor(name, t)
+        if t is None:
+            continue
+        shape = (cache.batch, cache.kv_heads, x.query.shape[2], dim)
+        if t.layout != torch.strided or tuple(t.shape) != shape:
+            refuse(name, f"{t.layout} {_shape(t)}", f"a strided tensor {list(shape)}, as query and the cache")
+        if t.dtype != x.query.dtype:
+            refuse(f"{name}.dtype", t.dtype, f"query's {x.query.dtype}")
+        if t.device != x.query.device:
+            refuse(f"{name}.device", t.device, f"query's {x.query.device}")
+
+
+def _check_rope(x: DecodeInputs, interleaved: object) -> None:
+    for name, t in (("rope[0] (cos)", x.cos), ("rope[1] (sin)", x.sin)):
+        _need_tensor(name, t, optional=False)
+        assert t is not None and x.cos is not None
+        if t.dtype != torch.float32 or t.dim() != 2 or t.shape != x.cos.shape:
+            refuse(name, f"{t.dtype} {_shape(t)}", "float32 [L, R/2], cos and sin alike")
+        if not 1 <= t.shape[1] <= x.query.shape[3] // 2:
+            refuse(name, f"shape {_shape(t)}", f"[L, R/2] with R in 2 .. the head dim {x.query.shape[3]}")
+        if t.device != x.query.device:
+            refuse(f"{name}.device", t.device, f"query's {x.query.device}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"rope[2] (interleaved): got {interleaved!r}, expected a bool")
+
+
+def _check_no_gradients(cache: Cache, x: DecodeInputs) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, t in (*zip(DecodeInputs._fields, x, strict=True), ("cache.key", cache.key), ("cache.value", cache.value)):
+        if t is not None and t.requires_grad:
+            refuse(name, "a tensor that requires grad", "none: decode_attention has no derivative (torch.no_grad())")
+
+
+def _check_pages(cache: PagedKVCache, ends: Tensor, rows: int, appended: int, left: int | None) -> None:
+    """Every page that is read or written must exist, and none may be written for two sequences."""
+    table, size = cache.block_table.long(), cache.page_size
+    slot = torch.arange(table.shape[1])
+    used = slot < ((ends + size - 1) // size)[:, None]
+    if left is not None:
+        used &= slot >= ((ends - rows - left).clamp(min=0) // size)[:, None]
+    bad = (used & ((table < 0) | (table >= cache.num_pages))).nonzero()
+    if bad.numel():
+        b, i = bad[0].tolist()
+        refuse(f"cache.block_table[{b}, {i}]", f"page {int(table[b, i])}", f"page ids in 0 .. {cache.num_pages - 1}")
+    if appended and cache.batch > 1:
+        written = used & (slot >= ((ends - appended) // size)[:, None])
+        ids, counts = table[written].unique(return_counts=True)
+        if (counts > 1).any():
+            page = int(ids[counts > 1][0])
+            refuse("cache.block_table", f"page {page} twice among those appended to", "pages that one sequence owns")
+
+
+def _check_values(cache: Cache, x: DecodeInputs, left: int | None) -> None:
+    """Lengths, room and page ids, on a CPU, where looking at them costs no synchronisation."""
+    if not _readable(cache.lengths) or not cache.batch:
+        return
+    rows = x.query.shape[2]
+    appended = 0 if x.key is None else rows
+    low, high = (int(n) for n in cache.lengths.aminmax())
+    if low < 0:
+        refuse("cache.lengths", f"a length of {low}", "lengths of at least 0")
+    if high + appended > cache.capacity:
+        was = f"{high} tokens and {appended} new ones" if appended else f"a length of {high}"
+        refuse("cache.lengths", was, f"at most the capacity, {cache.capacity}")
+    if x.cos is not None and high + appended > x.cos.shape[0]:
+        refuse("rope", f"tables of {x.cos.shape[0]} positions", f"at least {high + appended}, the longest sequence")
+    if isinstance(cache, PagedKVCache):
+        _check_pages(cache, cache.lengths.long() + appended, rows, appended, left)
+
+
+def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = False) -> DecodeSpec:
+    """Validate one call and describe it; nothing is written.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value is wrong.
+        TypeError: an argument is of the wrong Python type.
+    """
+    if not isinstance(cache, (KVCache, PagedKVCache)):
+        raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache or a PagedKVCache")
+    _check_options(o)
+    _check_query(cache, x.query)
+    _check_new(cache, x)
+    if x.cos is not None or x.sin is not None:
+        _check_rope(x, interleaved)
+    like = Inputs(x.query, x.query, x.query)
+    batch, heads, rows, head_dim = x.query.shape
+    _check_vector("alibi_slopes", x.alibi_slopes, like, ((batch, heads), (1, heads)))
+    _check_vector("sinks", x.sinks, like, ((heads,),))
+    for name, t in (("alibi_slopes", x.alibi_slopes), ("sinks", x.sinks)):
+        if t is not None and t.dtype not in FLOAT_DTYPES:
+            refuse(f"{name}.dtype", t.dtype, "a floating dtype")
+    _check_no_gradients(cache, x)
+    _check_values(cache, x, o.window_left)
+    window = None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right)
+    return DecodeSpec(
+        batch=batch,
+        heads=heads,
+        kv_heads=cache.kv_heads,
+        rows=rows,
+        capacity=cache.capacity,
+        head_dim=head_dim,
+        value_dim=cache.value_dim,
+        dtype=x.query.dtype,
+        kv_dtype=cache.kv_dtype,
+        scale=head_dim**-0.5 if o.scale is None else float(o.scale),
+        page_size=cache.page_size if isinstance(cache, PagedKVCache) else None,
+        window=window,
+        softcap=None if o.softcap is None else float(o.softcap),
+        alibi_slopes=x.alibi_slopes is not None,
+        sinks=x.sinks is not None,
+        appends=x.key is not None,
+        rotary_dim=0 if x.cos is None else 2 * x.cos.shape[1],
+        interleaved=interleaved,
+        batch_invariant=o.batch_invariant,
+    )
+
+
+# --- backends -----------------------------------------------------------------------------------------------------
+
+
+def _cpu_supports(spec: DecodeSpec, device: Device) -> str | None:
+    return cpu.supports(spec.attention(spec.capacity, spec.dtype), device)
+
+
+def _triton_supports(spec: DecodeSpec, device: Device) -> str | None:
+    reason = triton.supports(spec.attention(spec.capacity, spec.dtype), device)
+    if reason is not None:
+        return reason
+    from .backends.triton import decode
+
+    return decode.supports_decode(spec, device)
+
+
+def _cpu(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Outputs:
+    """The C++ kernels. A dense cache in the query's dtype is read where it lies; pages are gathered first, and codes
+    become float32, in which they are exact."""
+    query = reference_decode.append(spec, cache, x)
+    # The kernels' order of summation may follow the number of columns, which must not follow the rest of the batch.
+    columns = spec.capacity if spec.batch_invariant else reference_decode.longest(cache)
+    dtype = spec.lse_dtype if spec.quantised else spec.dtype
+    key, value = reference_decode.dense(cache, columns, dtype)
+    inputs = Inputs(
+        query=query.to(dtype),
+        key=key,
+        value=value,
+        alibi_slopes=x.alibi_slopes,
+        sinks=x.sinks,
+        key_lengths=cache.lengths.long(),
+    )
+    out = cpu.forward(spec.attention(columns, dtype), inputs)
+    return out._replace(output=out.output.to(spec.dtype))
+
+
+def _triton(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Outputs:
+    from .backends.triton import decode
+
+    return decode.forward(spec, cache, x)
+
+
+class Backend(NamedTuple):
+    """Who decodes: `supports` gives None or the reason why not."""
+
+    supports: Callable[[DecodeSpec, Device], str | None]
+    run: Callable[[DecodeSpec, Cache, DecodeInputs], Outputs]
+
+
+# In order of preference; the reference refuses nothing.
+BACKENDS = {
+    "cpu": Backend(_cpu_supports, _cpu),
+    "triton": Backend(_triton_supports, _triton),
+    "reference": Backend(lambda spec, device: None, reference_decode.forward),
+}
+
+
+def _choose(spec: DecodeSpec, device: Device) -> Backend:
+    """As `dispatch.select` does for `attention`.
+
+    Raises:
+        BackendError: a backend was named with `strict=True` and does not support the call.
+    """
+    name, strict = requested()
+    reasons: dict[str, str | None] = {}
+    if name != "auto":
+        reasons[name] = BACKENDS[name].supports(spec, device) if name in BACKENDS else "has no decoding"
+        if reasons[name] is None:
+            return BACKENDS[name]
+        if strict:
+            raise BackendError(f"backend {name!r} was asked for and does not run this call: {reasons[name]}")
+    for candidate, backend in BACKENDS.items():
+        if candidate not in reasons:
+            reasons[candidate] = backend.supports(spec, device)
+        if reasons[candidate] is None:
+            break
+    if candidate == "reference":
+        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason)
+        warnings.warn(f"fused_attention decodes with the eager reference ({why})", FallbackWarning, stacklevel=3)
+    return backend
+
+
+# --- the function ---------------------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    query: Tensor,
+    cache: Cache,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    rope: tuple[Tensor, Tensor, bool] | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+) -> Tensor | AttentionResult:
+    """Attention of the last M tokens of every sequence to what its cache holds, new tokens appended first.
+
+    Row i of sequence b stands at position lengths[b] - M + i and sees the keys up to there. A sequence of length 0
+    gives zeros and lse -inf. Not differentiable: an input that requires grad is an error unless under
+    `torch.no_grad()`. Nothing synchronises with a GPU, so that a CUDA graph can hold a step; what cannot be checked
+    there without looking (a sequence longer than its cache, a page that does not exist, a position outside the tables)
+    gives NaN in the rows that it concerns.
+
+    Args:
+        query: [B, H, M, D]; float32, bfloat16, float16 or float64; any M, made for a few rows.
+        cache: a `KVCache` or `PagedKVCache` for B sequences, in the query's dtype, a narrower one that is exact in it,
+            int8 or float8_e4m3fn.
+        key: [B, HK, M, D], new tokens to append in place, at positions lengths[b] .. lengths[b] + M - 1; the lengths
+            grow by M. None: nothing is appended.
+        value: [B, HK, M, DV], likewise.
+        rope: (cos, sin, interleaved), tables [L, R/2] float32 with R <= D: the first R dims of query and new key are
+            rotated at their positions, pairs (i, i + R/2) or, interleaved, (2i, 2i + 1), in float32 and before
+            rounding (Su et al., "RoFormer", 2021). What the cache holds is rotated already.
+        alibi_slopes: [H] or [B, H]; -slope * distance is added.
+        sinks: [H]; exp(sink) joins the softmax's denominator.
+        window: (left, right): keys farther left than this from a row's position are hidden; None is open. What lies to
+            the right is hidden by causality.
+        softcap: scores become softcap * tanh(scores / softcap).
+        scale: multiplies QK^T; default 1 / sqrt(D).
+        batch_invariant: rows are bit-equal whatever else is in the batch: the number of splits of the keys follows
+            from the capacity alone.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        The output [B, H, M, DV] in the query's dtype and memory order, or an `AttentionResult` with lse [B, H, M],
+        float32 (float64 for float64 queries), if `return_lse` is set.
+
+    Raises:
+        ArgumentError: (a ValueError) a shape, dtype, device or value is wrong; nothing was written.
+        TypeError: an argument has the wrong type.
+        BackendError: the backend named by `use_backend` does not support the call.
+    """
+    left, right = window_sides(window)
+    cos, sin, interleaved = _rope(rope)
+    if _any_autocast():
+        query, key, value = _autocast(query, key, value)
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
+        alibi_slopes = alibi_slopes[None]
+    x = DecodeInputs(query, key, value, cos, sin, alibi_slopes, sinks)
+    options = Options(window_left=left, window_right=right, softcap=softcap, scale=scale)
+    spec = describe(cache, x, options._replace(batch_invariant=batch_invariant), interleaved)
+    backend = _choose(spec, Device.of(query))
+    with torch.no_grad():
+        out = backend.run(spec, cache, x)
+    return AttentionResult(out.output, out.lse, None) if return_lse else out.output
+
+
+def _rope(rope: object) -> tuple[Tensor | None, Tensor | None, bool]:
+    if rope is None:
+        return None, None, False
+    if not isinstance(rope, (tuple, list)) or len(rope) != 3:
+        raise TypeError(f"rope: got {type(rope).__name__}, expected (cos, sin, interleaved) or None")
+    return rope[0], rope[1], rope[2]
