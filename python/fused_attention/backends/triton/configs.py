@@ -84,9 +84,12 @@ def chunk(spec: AttentionSpec, float32_precision: str | None) -> int:
     """How many head dims a product takes at a time; 0: all.
 
     IEEE float32 runs as fused multiply-adds on operands that lie in registers over all dims taken at once: 16 of them
-    leave room for the accumulators at head dim 512.
+    leave room for the accumulators at head dim 512. So do tf32's operands at 512.
     """
-    return 16 if float32_precision == "ieee" and padded(max(spec.head_dim, spec.value_dim)) > 32 else 0
+    dim = padded(max(spec.head_dim, spec.value_dim))
+    if float32_precision == "ieee":
+        return 16 if dim > 32 else 0
+    return 32 if float32_precision is not None and dim > 256 else 0
 
 
 def shares(tiles: int, steps: int) -> int:
