@@ -108,13 +108,23 @@ def _rows_grid(s: _Pass, block_m: int, keys: bool = False) -> tuple[int, Any, in
     return grid, schedule(s.x, block_m, keys=keys), blocks, (spec.batch - 1).bit_length()
 
 
+def _reach(spec: AttentionSpec) -> int:
+    """How many keys from the first on the rows see together."""
+    _, right = spec.window or (None, None)
+    if spec.causal is not None:
+        right = 0 if right is None else min(right, 0)
+    if spec.causal == "bottom_right" or right is None:
+        return spec.columns
+    return min(spec.columns, spec.rows + right)
+
+
 def _compile(s: _Pass, c: configs.Config) -> dict[str, int]:
     return {"num_stages": c.stages, **compile_options(s.arch, c.warps)}
 
 
 def _options(s: _Pass, c: configs.Config) -> dict[str, Any]:
     return {
-        "WHOLE": s.spec.columns <= c.BLOCK_N,
+        "WHOLE": _reach(s.spec) <= c.BLOCK_N,
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
         "BLOCK_D": configs.padded(s.spec.head_dim),
