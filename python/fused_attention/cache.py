@@ -23,8 +23,8 @@ from .spec import (
     ArgumentError,
     AttentionSpec,
     Window,
-    _need_tensor,
-    _shape,
+    need_tensor,
+    shape_of,
 )
 
 # The largest magnitude that is stored, to which a token's largest is scaled.
@@ -100,28 +100,28 @@ class _Storage:
     def _check_storage(self, layout: str) -> None:
         key = self.key
         for name in ("key", "value", "lengths"):
-            _need_tensor(name, getattr(self, name), optional=False)
+            need_tensor(name, getattr(self, name), optional=False)
         for name in ("key", "value"):
             t = getattr(self, name)
             if t.layout != torch.strided or t.dim() != 4:
-                refuse(name, f"{t.layout} {_shape(t)}", f"a strided tensor {layout}")
+                refuse(name, f"{t.layout} {shape_of(t)}", f"a strided tensor {layout}")
             if t.dtype not in KV_DTYPES or t.dtype != key.dtype:
                 refuse(f"{name}.dtype", t.dtype, "float32, bfloat16, float16, float64, int8 or float8_e4m3fn, as key")
             if t.shape[1] < 1 or t.shape[3] < 1 or t.shape[:3] != key.shape[:3]:
-                refuse(name, f"shape {_shape(t)}", f"{layout}, at least one head and dim, and sizes that agree")
+                refuse(name, f"shape {shape_of(t)}", f"{layout}, at least one head and dim, and sizes that agree")
             if t.stride(3) != 1 and t.shape[3] > 1:
                 refuse(name, f"a last dimension of stride {t.stride(3)}", "a contiguous last dimension")
             if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)):
                 refuse(name, "an expanded tensor", "one with memory of its own: it is written in place")
         for name in ("key_scale", "value_scale"):
             t = getattr(self, name)
-            _need_tensor(name, t)
+            need_tensor(name, t)
             if (t is not None) != (key.dtype in LIMITS):
                 refuse(name, "None" if t is None else "a Tensor", f"scales for int8 and float8, not for {key.dtype}")
             if t is not None and (t.dtype != torch.float32 or t.shape != key.shape[:3]):
-                refuse(name, f"{t.dtype} {_shape(t)}", f"float32 {_shape(key[..., 0])}")
+                refuse(name, f"{t.dtype} {shape_of(t)}", f"float32 {shape_of(key[..., 0])}")
         if self.lengths.dtype not in (torch.int32, torch.int64) or self.lengths.dim() != 1:
-            refuse("lengths", f"{self.lengths.dtype} {_shape(self.lengths)}", "int32 or int64 [B]")
+            refuse("lengths", f"{self.lengths.dtype} {shape_of(self.lengths)}", "int32 or int64 [B]")
         if not self.lengths.is_contiguous():
             refuse("lengths", f"a stride of {self.lengths.stride(0)}", "a contiguous tensor")
         for name in ("value", "lengths", "key_scale", "value_scale"):
@@ -154,7 +154,7 @@ class KVCache(_Storage):
     def __post_init__(self) -> None:
         self._check_storage("[B, HK, capacity, D]")
         if self.lengths.shape[0] != self.key.shape[0]:
-            refuse("lengths", f"shape {_shape(self.lengths)}", f"[B] = [{self.key.shape[0]}]")
+            refuse("lengths", f"shape {shape_of(self.lengths)}", f"[B] = [{self.key.shape[0]}]")
 
     @property
     def capacity(self) -> int:
@@ -215,15 +215,15 @@ class PagedKVCache(_Storage):
     def __post_init__(self) -> None:
         self._check_storage("[num_pages, HK, page_size, D]")
         table = self.block_table
-        _need_tensor("block_table", table, optional=False)
+        need_tensor("block_table", table, optional=False)
         if self.key.shape[0] < 1 or self.key.shape[2] < 1:
-            refuse("key", f"shape {_shape(self.key)}", "at least one page of at least one token")
+            refuse("key", f"shape {shape_of(self.key)}", "at least one page of at least one token")
         if table.dtype != torch.int32 or table.dim() != 2:
-            refuse("block_table", f"{table.dtype} {_shape(table)}", "int32 [B, max_pages]")
+            refuse("block_table", f"{table.dtype} {shape_of(table)}", "int32 [B, max_pages]")
         if table.device != self.key.device:
             refuse("block_table.device", table.device, f"key's {self.key.device}")
         if self.lengths.shape[0] != table.shape[0]:
-            refuse("lengths", f"shape {_shape(self.lengths)}", f"[B] = [{table.shape[0]}], as block_table")
+            refuse("lengths", f"shape {shape_of(self.lengths)}", f"[B] = [{table.shape[0]}], as block_table")
 
     @property
     def num_pages(self) -> int:
@@ -257,7 +257,7 @@ class PagedKVCache(_Storage):
             num_pages, kv_heads, page_size, head_dim: pages in all, HK, tokens a page, D.
             value_dim, dtype, kv_dtype: as in `KVCache.allocate`.
         """
-        _need_tensor("block_table", block_table, optional=False)
+        need_tensor("block_table", block_table, optional=False)
         stored = _storage_dtype(dtype, kv_dtype)
         dims = (head_dim, head_dim if value_dim is None else value_dim)
         tensors = _empty((num_pages, kv_heads, page_size), dims, stored, block_table.device)

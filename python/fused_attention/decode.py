@@ -7,7 +7,6 @@ What is new is appended first; then, where row i of a sequence stands at positio
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from .backends import cpu, reference_decode, triton
 from .cache import Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache, refuse, storable
-from .dispatch import BackendError, FallbackWarning, requested
-from .functional import AttentionResult, _any_autocast, _autocast
+from .dispatch import choose
+from .functional import AttentionResult, any_autocast, autocast
 from .spec import (
     FLOAT_DTYPES,
     Device,
@@ -25,11 +24,11 @@ from .spec import (
     Options,
     Outputs,
     Window,
-    _check_options,
-    _check_vector,
-    _need_tensor,
-    _readable,
-    _shape,
+    check_options,
+    check_vector,
+    need_tensor,
+    readable,
+    shape_of,
     window_sides,
 )
 
@@ -37,20 +36,20 @@ from .spec import (
 
 
 def _check_query(cache: Cache, query: Tensor) -> None:
-    _need_tensor("query", query, optional=False)
+    need_tensor("query", query, optional=False)
     if query.layout != torch.strided or query.dim() != 4:
-        refuse("query", f"{query.layout} {_shape(query)}", "a strided tensor [B, H, M, D]")
+        refuse("query", f"{query.layout} {shape_of(query)}", "a strided tensor [B, H, M, D]")
     if not storable(query.dtype, cache.kv_dtype):
         refuse("query.dtype", query.dtype, f"a floating dtype in which the cache's {cache.kv_dtype} is exact")
     if query.device != cache.key.device:
         refuse("query.device", query.device, f"the cache's {cache.key.device}")
     batch, heads, _, head_dim = query.shape
     if batch != cache.batch:
-        refuse("query", f"batch size {batch} in {_shape(query)}", f"the cache's batch size {cache.batch}")
+        refuse("query", f"batch size {batch} in {shape_of(query)}", f"the cache's batch size {cache.batch}")
     if heads % cache.kv_heads:
-        refuse("query", f"{heads} heads in {_shape(query)}", f"a multiple of the cache's {cache.kv_heads} heads")
+        refuse("query", f"{heads} heads in {shape_of(query)}", f"a multiple of the cache's {cache.kv_heads} heads")
     if head_dim != cache.head_dim:
-        refuse("query", f"head dim {head_dim} in {_shape(query)}", f"the cache's head dim {cache.head_dim}")
+        refuse("query", f"head dim {head_dim} in {shape_of(query)}", f"the cache's head dim {cache.head_dim}")
 
 
 def _check_new(cache: Cache, x: DecodeInputs) -> None:
@@ -58,12 +57,12 @@ def _check_new(cache: Cache, x: DecodeInputs) -> None:
         given, missing = ("value", "key") if x.key is None else ("key", "value")
         refuse(missing, f"None beside a {given}", "both key and value, or neither")
     for name, t, dim in (("key", x.key, cache.head_dim), ("value", x.value, cache.value_dim)):
-        _need_tensor(name, t)
+        need_tensor(name, t)
         if t is None:
             continue
         shape = (cache.batch, cache.kv_heads, x.query.shape[2], dim)
         if t.layout != torch.strided or tuple(t.shape) != shape:
-            refuse(name, f"{t.layout} {_shape(t)}", f"a strided tensor {list(shape)}, as query and the cache")
+            refuse(name, f"{t.layout} {shape_of(t)}", f"a strided tensor {list(shape)}, as query and the cache")
         if t.dtype != x.query.dtype:
             refuse(f"{name}.dtype", t.dtype, f"query's {x.query.dtype}")
         if t.device != x.query.device:
@@ -72,12 +71,12 @@ def _check_new(cache: Cache, x: DecodeInputs) -> None:
 
 def _check_rope(x: DecodeInputs, interleaved: object) -> None:
     for name, t in (("rope[0] (cos)", x.cos), ("rope[1] (sin)", x.sin)):
-        _need_tensor(name, t, optional=False)
+        need_tensor(name, t, optional=False)
         assert t is not None and x.cos is not None
         if t.dtype != torch.float32 or t.dim() != 2 or t.shape != x.cos.shape:
-            refuse(name, f"{t.dtype} {_shape(t)}", "float32 [L, R/2], cos and sin alike")
+            refuse(name, f"{t.dtype} {shape_of(t)}", "float32 [L, R/2], cos and sin alike")
         if not 1 <= t.shape[1] <= x.query.shape[3] // 2:
-            refuse(name, f"shape {_shape(t)}", f"[L, R/2] with R in 2 .. the head dim {x.query.shape[3]}")
+            refuse(name, f"shape {shape_of(t)}", f"[L, R/2] with R in 2 .. the head dim {x.query.shape[3]}")
         if t.device != x.query.device:
             refuse(f"{name}.device", t.device, f"query's {x.query.device}")
     if not isinstance(interleaved, bool):
@@ -113,7 +112,7 @@ def _check_pages(cache: PagedKVCache, ends: Tensor, rows: int, appended: int, le
 
 def _check_values(cache: Cache, x: DecodeInputs, left: int | None) -> None:
     """Lengths, room and page ids, on a CPU, where looking at them costs no synchronisation."""
-    if not _readable(cache.lengths) or not cache.batch:
+    if not readable(cache.lengths) or not cache.batch:
         return
     rows = x.query.shape[2]
     appended = 0 if x.key is None else rows
@@ -138,15 +137,15 @@ def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = Fals
     """
     if not isinstance(cache, (KVCache, PagedKVCache)):
         raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache or a PagedKVCache")
-    _check_options(o)
+    check_options(o)
     _check_query(cache, x.query)
     _check_new(cache, x)
     if x.cos is not None or x.sin is not None:
         _check_rope(x, interleaved)
     like = Inputs(x.query, x.query, x.query)
     batch, heads, rows, head_dim = x.query.shape
-    _check_vector("alibi_slopes", x.alibi_slopes, like, ((batch, heads), (1, heads)))
-    _check_vector("sinks", x.sinks, like, ((heads,),))
+    check_vector("alibi_slopes", x.alibi_slopes, like, ((batch, heads), (1, heads)))
+    check_vector("sinks", x.sinks, like, ((heads,),))
     for name, t in (("alibi_slopes", x.alibi_slopes), ("sinks", x.sinks)):
         if t is not None and t.dtype not in FLOAT_DTYPES:
             refuse(f"{name}.dtype", t.dtype, "a floating dtype")
@@ -233,31 +232,6 @@ BACKENDS = {
 }
 
 
-def _choose(spec: DecodeSpec, device: Device) -> Backend:
-    """As `dispatch.select` does for `attention`.
-
-    Raises:
-        BackendError: a backend was named with `strict=True` and does not support the call.
-    """
-    name, strict = requested()
-    reasons: dict[str, str | None] = {}
-    if name != "auto":
-        reasons[name] = BACKENDS[name].supports(spec, device) if name in BACKENDS else "has no decoding"
-        if reasons[name] is None:
-            return BACKENDS[name]
-        if strict:
-            raise BackendError(f"backend {name!r} was asked for and does not run this call: {reasons[name]}")
-    for candidate, backend in BACKENDS.items():
-        if candidate not in reasons:
-            reasons[candidate] = backend.supports(spec, device)
-        if reasons[candidate] is None:
-            break
-    if candidate == "reference":
-        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason)
-        warnings.warn(f"fused_attention decodes with the eager reference ({why})", FallbackWarning, stacklevel=3)
-    return backend
-
-
 # --- the function ---------------------------------------------------------------------------------------------------
 
 
@@ -315,16 +289,17 @@ def decode_attention(
     """
     left, right = window_sides(window)
     cos, sin, interleaved = _rope(rope)
-    if _any_autocast():
-        query, key, value = _autocast(query, key, value)
+    if any_autocast():
+        query, key, value = autocast(query, key, value)
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes[None]
     x = DecodeInputs(query, key, value, cos, sin, alibi_slopes, sinks)
     options = Options(window_left=left, window_right=right, softcap=softcap, scale=scale)
     spec = describe(cache, x, options._replace(batch_invariant=batch_invariant), interleaved)
-    backend = _choose(spec, Device.of(query))
+    device = Device.of(query)
+    chosen = choose(BACKENDS, lambda n: BACKENDS[n].supports(spec, device), "decodes with the eager reference", 3)
     with torch.no_grad():
-        out = backend.run(spec, cache, x)
+        out = BACKENDS[chosen.backend].run(spec, cache, x)
     return AttentionResult(out.output, out.lse, None) if return_lse else out.output
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
@@ -83,8 +83,10 @@ class Choice:
     reasons: dict[str, str | None]
 
 
-def select(spec: AttentionSpec, device: Device) -> Choice:
-    """Choose a backend for one call.
+def choose(names: Iterable[str], ask: Callable[[str], str | None], warning: str, stacklevel: int) -> Choice:
+    """The first of `names`, in order of preference, that can run a call, or the one that `use_backend` asks for.
+
+    ask: a backend's reason why not, or None. warning: begins the `FallbackWarning` where "reference" is chosen.
 
     Raises:
         BackendError: a backend was named with `strict=True` and does not support the call.
@@ -92,26 +94,31 @@ def select(spec: AttentionSpec, device: Device) -> Choice:
     name, strict = requested()
     reasons: dict[str, str | None] = {}
     if name != "auto":
-        reasons[name] = BACKENDS[name].supports(spec, device)
+        reasons[name] = ask(name)
         if reasons[name] is None:
             return Choice(name, reasons)
         if strict:
             raise BackendError(f"backend {name!r} was asked for and does not run this call: {reasons[name]}")
-    for candidate, backend in BACKENDS.items():
+    for candidate in names:
         if candidate not in reasons:
-            reasons[candidate] = backend.supports(spec, device)
+            reasons[candidate] = ask(candidate)
         if reasons[candidate] is None:
             break
     else:
         raise BackendError(f"no backend runs this call: {reasons}")
     if candidate == "reference":
         why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason)
-        warnings.warn(
-            f"fused_attention runs the eager reference, which needs O(M N) memory ({why})",
-            FallbackWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"fused_attention {warning} ({why})", FallbackWarning, stacklevel=stacklevel)
     return Choice(candidate, reasons)
+
+
+def select(spec: AttentionSpec, device: Device) -> Choice:
+    """Choose a backend for one call of `attention`, as `choose` does."""
+
+    def ask(name: str) -> str | None:
+        return BACKENDS[name].supports(spec, device)
+
+    return choose(BACKENDS, ask, "runs the eager reference, which needs O(M N) memory", stacklevel=5)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -48,7 +48,7 @@ def _four_dims(t: Tensor | None) -> Tensor | None:
     return t[(None,) * (4 - t.dim())]
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast float32 and half tensors to autocast's dtype, as torch does for its own attention."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
     if device is None or device == "meta" or not torch.is_autocast_enabled(device):
@@ -58,7 +58,7 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
 
-def _any_autocast() -> bool:
+def any_autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
@@ -86,8 +86,8 @@ def _gather(
     tensors: tuple[Any, ...],
     key_lengths: Tensor | None,
 ) -> Inputs:
-    if _any_autocast():
-        tensors = _autocast(*tensors)
+    if any_autocast():
+        tensors = autocast(*tensors)
     query, key, value, mask, bias, alibi_slopes, sinks = tensors
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes[None]

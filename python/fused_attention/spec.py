@@ -142,7 +142,7 @@ _CPU = Device("cpu")
 # --- checks ---------------------------------------------------------------------------------------------------
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(map(str, tensor.shape)) + "]"
 
 
@@ -151,7 +151,7 @@ def _need(ok: bool, name: str, was: object, expected: str) -> None:
         raise ArgumentError(f"{name}: got {was}, expected {expected}")
 
 
-def _need_tensor(name: str, value: object, optional: bool = True) -> None:
+def need_tensor(name: str, value: object, optional: bool = True) -> None:
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
@@ -182,50 +182,50 @@ def _check_qkv(x: Inputs) -> None:
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and _qkv_agree(q, k, v):
         return
     for name, t in (("query", q), ("key", k), ("value", v)):
-        _need_tensor(name, t, optional=False)
+        need_tensor(name, t, optional=False)
         _need(t.layout == torch.strided, f"{name}.layout", t.layout, "a strided (dense) tensor")
-        _need(t.dim() == 4, name, f"{t.dim()} dimensions {_shape(t)}", "4 dimensions [B, H, S, D]")
+        _need(t.dim() == 4, name, f"{t.dim()} dimensions {shape_of(t)}", "4 dimensions [B, H, S, D]")
         _need(t.dtype in FLOAT_DTYPES, f"{name}.dtype", t.dtype, "float32, bfloat16, float16 or float64")
         _need(t.dtype == q.dtype, f"{name}.dtype", t.dtype, f"query's {q.dtype}")
         _need(t.device == q.device, f"{name}.device", t.device, f"query's {q.device}")
     b, h, _, d = q.shape
-    _need(k.shape[0] == b, "key", f"batch size {k.shape[0]} in {_shape(k)}", f"query's batch size {b}")
-    _need(v.shape[0] == b, "value", f"batch size {v.shape[0]} in {_shape(v)}", f"query's batch size {b}")
-    _need(k.shape[3] == d, "key", f"head dim {k.shape[3]} in {_shape(k)}", f"query's head dim {d}")
-    _need(v.shape[1] == k.shape[1], "value", f"{v.shape[1]} heads in {_shape(v)}", f"key's {k.shape[1]} heads")
-    _need(v.shape[2] == k.shape[2], "value", f"length {v.shape[2]} in {_shape(v)}", f"key's length {k.shape[2]}")
+    _need(k.shape[0] == b, "key", f"batch size {k.shape[0]} in {shape_of(k)}", f"query's batch size {b}")
+    _need(v.shape[0] == b, "value", f"batch size {v.shape[0]} in {shape_of(v)}", f"query's batch size {b}")
+    _need(k.shape[3] == d, "key", f"head dim {k.shape[3]} in {shape_of(k)}", f"query's head dim {d}")
+    _need(v.shape[1] == k.shape[1], "value", f"{v.shape[1]} heads in {shape_of(v)}", f"key's {k.shape[1]} heads")
+    _need(v.shape[2] == k.shape[2], "value", f"length {v.shape[2]} in {shape_of(v)}", f"key's length {k.shape[2]}")
     hk = k.shape[1]
     ok = h % hk == 0 if hk else h == 0
-    _need(ok, "key", f"{hk} heads in {_shape(k)}", f"a number of heads that divides query's {h}")
-    _need(d > 0, "query", f"head dim 0 in {_shape(q)}", "a head dim of at least 1")
+    _need(ok, "key", f"{hk} heads in {shape_of(k)}", f"a number of heads that divides query's {h}")
+    _need(d > 0, "query", f"head dim 0 in {shape_of(q)}", "a head dim of at least 1")
 
 
 def _check_additive(name: str, t: Tensor | None, x: Inputs, full: tuple[int, ...], boolean: bool) -> None:
-    _need_tensor(name, t)
+    need_tensor(name, t)
     if t is None:
         return
     kinds = "bool, float32, bfloat16, float16 or float64" if boolean else "float32, bfloat16, float16 or float64"
     _need(t.dtype in FLOAT_DTYPES or (boolean and t.dtype == torch.bool), f"{name}.dtype", t.dtype, kinds)
     _need(t.device == x.query.device, f"{name}.device", t.device, f"query's {x.query.device}")
     ok = t.dim() == 4 and all(have in (1, want) for have, want in zip(t.shape, full, strict=True))
-    _need(ok, name, f"shape {_shape(t)}", f"a shape that broadcasts to [B, H, M, N] = {list(full)}")
+    _need(ok, name, f"shape {shape_of(t)}", f"a shape that broadcasts to [B, H, M, N] = {list(full)}")
 
 
-def _check_vector(name: str, t: Tensor | None, x: Inputs, shapes: tuple[tuple[int, ...], ...]) -> None:
-    _need_tensor(name, t)
+def check_vector(name: str, t: Tensor | None, x: Inputs, shapes: tuple[tuple[int, ...], ...]) -> None:
+    need_tensor(name, t)
     if t is None:
         return
     _need(t.device == x.query.device, f"{name}.device", t.device, f"query's {x.query.device}")
-    _need(tuple(t.shape) in shapes, name, f"shape {_shape(t)}", "shape " + " or ".join(str(list(s)) for s in shapes))
+    _need(tuple(t.shape) in shapes, name, f"shape {shape_of(t)}", "shape " + " or ".join(str(list(s)) for s in shapes))
 
 
 def _check_offsets(name: str, t: Tensor | None, x: Inputs, total: int, what: str) -> None:
-    _need_tensor(name, t, optional=False)
+    need_tensor(name, t, optional=False)
     assert t is not None
-    _need(t.dim() == 1 and t.shape[0] >= 1, name, f"shape {_shape(t)}", "shape [B + 1]")
+    _need(t.dim() == 1 and t.shape[0] >= 1, name, f"shape {shape_of(t)}", "shape [B + 1]")
     _need(t.dtype == torch.int64, f"{name}.dtype", t.dtype, "an integer dtype (int32 or int64)")
     _need(t.device == x.query.device, f"{name}.device", t.device, f"query's {x.query.device}")
-    if not _readable(t):
+    if not readable(t):
         return
     offsets = t.tolist()
     _need(offsets[0] == 0, name, f"a first offset of {offsets[0]}", "0")
@@ -255,11 +255,11 @@ def window_sides(window: Window | None) -> Window:
 def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Packed sequences have three dimensions; the rest is checked once they are in kernel layout."""
     for name, t in (("query", query), ("key", key), ("value", value)):
-        _need_tensor(name, t, optional=False)
-        _need(t.dim() == 3, name, f"{t.dim()} dimensions {_shape(t)}", "3 dimensions [T, H, D]")
+        need_tensor(name, t, optional=False)
+        _need(t.dim() == 3, name, f"{t.dim()} dimensions {shape_of(t)}", "3 dimensions [T, H, D]")
 
 
-def _readable(t: Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """Whether the values can be looked at without a device synchronisation: real CPU data only."""
     return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and not _in_transform()
 
@@ -270,11 +270,11 @@ def _in_transform() -> bool:
 
 def _check_lengths(x: Inputs, batch: int, columns: int) -> None:
     t = x.key_lengths
-    _check_vector("key_lengths", t, x, ((batch,),))
+    check_vector("key_lengths", t, x, ((batch,),))
     if t is None:
         return
     _need(t.dtype == torch.int64, "key_lengths.dtype", t.dtype, "an integer dtype (int32 or int64)")
-    if _readable(t) and t.numel():
+    if readable(t) and t.numel():
         low, high = (int(n) for n in t.aminmax())
         _need(low >= 0, "key_lengths", f"a length of {low}", f"lengths in 0 .. {columns}")
         _need(high <= columns, "key_lengths", f"a length of {high}", f"lengths in 0 .. {columns}")
@@ -283,7 +283,7 @@ def _check_lengths(x: Inputs, batch: int, columns: int) -> None:
 _DEFAULTS = Options()
 
 
-def _check_options(o: Options) -> None:
+def check_options(o: Options) -> None:
     if o == _DEFAULTS:
         return
     if o.causal is not None and o.causal not in ("top_left", "bottom_right"):
@@ -313,8 +313,8 @@ def _check_optional(x: Inputs, full: tuple[int, int, int, int]) -> None:
     batch, heads, _, columns = full
     _check_additive("mask", x.mask, x, full, boolean=True)
     _check_additive("bias", x.bias, x, full, boolean=False)
-    _check_vector("alibi_slopes", x.alibi_slopes, x, ((batch, heads), (1, heads)))
-    _check_vector("sinks", x.sinks, x, ((heads,),))
+    check_vector("alibi_slopes", x.alibi_slopes, x, ((batch, heads), (1, heads)))
+    check_vector("sinks", x.sinks, x, ((heads,),))
     for name in ("alibi_slopes", "sinks"):
         t = getattr(x, name)
         if t is not None:
@@ -327,7 +327,7 @@ def _longest(t: Tensor, given: int | None, name: str) -> int:
         return int((t[1:] - t[:-1]).max()) if t.shape[0] > 1 else 0
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {given!r}, expected an int or None")
-    if _readable(t) and t.shape[0] > 1:
+    if readable(t) and t.shape[0] > 1:
         longest = int((t[1:] - t[:-1]).max())
         _need(given >= longest, name, given, f"at least the longest sequence, {longest}")
     return given
@@ -352,7 +352,7 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
             what was expected.
         TypeError: an argument is of the wrong Python type.
     """
-    _check_options(o)
+    check_options(o)
     _check_qkv(x)
     batch, heads, rows, head_dim = x.query.shape
     kv_heads, columns, value_dim = x.key.shape[1], x.key.shape[2], x.value.shape[3]

@@ -54,12 +54,18 @@ def precision(dtype: torch.dtype) -> str | None:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def right_side(spec: AttentionSpec) -> int | None:
+    """How many keys right of the diagonal a row sees, None: all. Causality is a right side of 0."""
+    _, right = spec.window or (None, None)
+    if spec.causal:
+        return 0 if right is None else min(right, 0)
+    return right
+
+
 @functools.lru_cache(maxsize=1024)
 def _constants(spec: AttentionSpec, float32_precision: str | None) -> tuple[Any, ...]:
     """The members of a `Problem` that follow from the spec: those after the tensors, in order."""
-    left, right = spec.window or (None, None)
-    if spec.causal:
-        right = 0 if right is None else min(right, 0)
+    (left, _), right = spec.window or (None, None), right_side(spec)
     added = spec.softcap is not None or spec.mask is not None or spec.bias is not None or spec.alibi_slopes
     exact = spec.dtype == torch.float32
     threshold = factor = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...layout import output_like, rows_contiguous
 from ...spec import AttentionSpec, Inputs, Outputs
 from . import backward_kernels, configs, weights_kernels
-from .attention import describe, problem, row_view, schedule, view, weights_view
+from .attention import describe, problem, right_side, row_view, schedule, view, weights_view
 from .launch import Launch, compile_options
 from .tiles import Problem, View
 
@@ -110,9 +110,7 @@ def _rows_grid(s: _Pass, block_m: int, keys: bool = False) -> tuple[int, Any, in
 
 def _reach(spec: AttentionSpec) -> int:
     """How many keys from the first on the rows see together."""
-    _, right = spec.window or (None, None)
-    if spec.causal is not None:
-        right = 0 if right is None else min(right, 0)
+    right = right_side(spec)
     if spec.causal == "bottom_right" or right is None:
         return spec.columns
     return min(spec.columns, spec.rows + right)

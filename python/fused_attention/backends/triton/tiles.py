@@ -16,7 +16,6 @@ from .launch import INTERPRETED as _interpreted
 
 INTERPRETED = tl.constexpr(_interpreted)
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 
