@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -107,6 +108,16 @@ class AttentionSpec:
     @property
     def lse_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def __hash__(self) -> int:
+        return self._hash  # a spec is the key of every cache on the way to a launch
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.__dict__.values()))
+
+
+_spec = functools.lru_cache(maxsize=4096)(AttentionSpec)  # the same call, the same object
 
 
 @dataclass(frozen=True)
@@ -372,28 +383,13 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     if torch.is_grad_enabled():
         gradients = frozenset(n for n, t in zip(Inputs._fields, x, strict=True) if t is not None and t.requires_grad)
     window = None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right)
-    return AttentionSpec(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        rows=rows,
-        columns=columns,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=x.query.dtype,
-        scale=head_dim**-0.5 if o.scale is None else float(o.scale),
-        causal=o.causal,
-        window=window,
-        softcap=None if o.softcap is None else float(o.softcap),
-        dropout_p=float(o.dropout_p),
-        batch_invariant=o.batch_invariant,
-        weights=o.weights,
-        packed=packed,
-        mask=None if x.mask is None else x.mask.dtype,
-        bias=None if x.bias is None else x.bias.dtype,
-        alibi_slopes=x.alibi_slopes is not None,
-        sinks=x.sinks is not None,
-        key_lengths=x.key_lengths is not None,
-        gradients=gradients,
-        transform=transform_of(x),
-    )
+    scale = head_dim**-0.5 if o.scale is None else float(o.scale)
+    softcap = None if o.softcap is None else float(o.softcap)
+    sizes = (batch, heads, kv_heads, rows, columns, head_dim, value_dim)
+    options = (o.causal, window, softcap, float(o.dropout_p), o.batch_invariant, o.weights)
+    mask = None if x.mask is None else x.mask.dtype
+    bias = None if x.bias is None else x.bias.dtype
+    present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None)
+    # Sizes may be symbols under torch.compile, which cannot be hashed.
+    build = _spec if type(batch) is type(heads) is type(rows) is type(columns) is int else AttentionSpec
+    return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *present, gradients, transform_of(x))

@@ -11,12 +11,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...layout import output_like, rows_contiguous
+from ...layout import output_like
 from ...spec import AttentionSpec, Inputs, Outputs
 from . import configs, forward_kernels, weights_kernels
 from .launch import Launch, compile_options
 from .tiles import Problem, View
 
+ALIGN = 16  # elements: what Triton sees of the divisibility of a stride
 FAR = 1 << 30  # a window side that reaches everywhere, and leaves room to add positions in 32 bits
 
 
@@ -84,15 +85,39 @@ def _constants(spec: AttentionSpec, float32_precision: str | None) -> tuple[Any,
         "threshold": threshold,
         "keep_factor": factor,
         "group": tl.constexpr(spec.group),
-        "D": tl.constexpr(spec.head_dim),
-        "DV": tl.constexpr(spec.value_dim),
+        "D": tl.constexpr(width(spec.head_dim)),
+        "DV": tl.constexpr(width(spec.value_dim)),
+        "head_dim": tl.constexpr(spec.head_dim),
+        "value_dim": tl.constexpr(spec.value_dim),
         "bottom_right": tl.constexpr(spec.causal == "bottom_right"),
         "raw": tl.constexpr(not exact and not added and spec.scale > 0.0),
         "exact": tl.constexpr(exact),
         "precision": tl.constexpr(float32_precision),
         "chunk": tl.constexpr(configs.chunk(spec, float32_precision)),
+        "split": tl.constexpr(not configs.heavy(spec)),
     }
     return tuple(found[name] for name in Problem._fields[11:])
+
+
+def width(dim: int) -> int:
+    """How many elements of a row are read for a head dim."""
+    return -(-dim // ALIGN) * ALIGN
+
+
+def readable(t: Tensor) -> Tensor:
+    """t [B, H, S, D] itself, or a copy with zeros behind the rows, such that D and all strides are multiples of ALIGN.
+
+    Anything else is loaded element by element, in more instructions than the matrix products take, and with so many
+    addresses alive that registers spill.
+    """
+    b, h, s, d = t.stride()
+    dim = t.shape[3]
+    if d == 1 and not (b | h | s | dim) % ALIGN and not t.data_ptr() % 16:
+        return t
+    copy = t.new_empty((*t.shape[:3], width(dim)))
+    copy[..., :dim] = t
+    copy[..., dim:] = 0
+    return copy
 
 
 def problem(spec: AttentionSpec, x: Inputs) -> Problem:
@@ -102,9 +127,9 @@ def problem(spec: AttentionSpec, x: Inputs) -> Problem:
         t = x.alibi_slopes.to(torch.float32)
         slopes = View(t, 0 if t.shape[0] == 1 else t.stride(0), t.stride(1), 0)
     return Problem(
-        view(rows_contiguous(x.query), spec.packed),
-        view(rows_contiguous(x.key), spec.packed),
-        view(rows_contiguous(x.value), spec.packed),
+        view(readable(x.query), spec.packed),
+        view(readable(x.key), spec.packed),
+        view(readable(x.value), spec.packed),
         broadcast_view(x.mask),
         broadcast_view(x.bias),
         slopes,
@@ -142,13 +167,24 @@ def schedule(x: Inputs, block: int, group: int = 1, keys: bool = False) -> Sched
     return Schedule(order, ends, batch)
 
 
+@functools.lru_cache(maxsize=4096)
+def _descriptor(shape: torch.Size, strides: tuple[int, ...], size: int, *block: int) -> dict[str, Any] | None:
+    """What a tensor descriptor says but for the tensor; validated once."""
+    if 0 in shape or any(s <= 0 or s * size % 16 for s in strides[:3]):
+        return None
+    dtype = {2: torch.float16, 4: torch.float32}[size]
+    sample = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return {**vars(TensorDescriptor(sample, list(shape), list(strides), [1, 1, *block])), "base": None}
+
+
 def describe(t: Tensor, block: int, width: int) -> TensorDescriptor | None:
     """A tensor descriptor for tiles [block, width] of [B, H, S, D]; None where the hardware cannot describe t."""
-    size = t.element_size()
-    aligned = t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in t.stride()[:3])
-    if not aligned or 0 in t.shape:
+    found = None if t.data_ptr() % 16 else _descriptor(t.shape, t.stride(), t.element_size(), block, width)
+    if found is None:
         return None
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, width])
+    descriptor = object.__new__(TensorDescriptor)  # its own checks take longer than everything else before a launch
+    vars(descriptor).update(found, base=t)
+    return descriptor
 
 
 def forward_launches(spec: AttentionSpec, x: Inputs, arch: str | None) -> tuple[list[Launch], Outputs]:

@@ -51,7 +51,7 @@ def delta_kernel(x, out, lse, dout, dlse, delta, schedule, row_blocks, BLOCK_M: 
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_DV)
     exists = m < seq.rows
-    at = exists[:, None] & (d < x.DV)[None, :]
+    at = exists[:, None] & (d < x.value_dim)[None, :]
     total = tl.zeros([BLOCK_M], tl.float32)
     if dout is not None:
         o = tl.load(rows_of(out, b, head, seq.row_start, m[:, None], d[None, :]), mask=at, other=0.0)
@@ -121,7 +121,7 @@ def through_softcap(x, ds, c):
 
 
 @triton.jit
-def key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, lo, hi,
+def key_gradient_rows(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, lo, hi,
                       n0, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr,
                       WANT_K: tl.constexpr, WANT_V: tl.constexpr):  # fmt: skip
     """Add to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV], what is wanted of them, from rows lo .. hi."""
@@ -130,7 +130,11 @@ def key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dou
     BLOCK_DV: tl.constexpr = v.shape[1]
     HIDES: tl.constexpr = MASKED or x.mask is not None or x.bias is not None
     n = n0 + tl.arange(0, BLOCK_N)[:, None]
-    for m0 in tl.range(lo, hi, BLOCK_M):
+    tiles = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+    for i in tl.range(0, tiles * x.group):  # one loop over heads and rows: loads of the next head start in time
+        head, m0 = kv_head, lo + i * BLOCK_M
+        if x.group > 1:
+            head, m0 = kv_head * x.group + i // tiles, lo + i % tiles * BLOCK_M
         r = m0 + tl.arange(0, BLOCK_M)
         m = tl.minimum(r, seq.rows - 1) if MASKED else r
         q = load_tile(x.query, queries, seq.b, seq.slot, head, seq.row_start, m0, seq.rows, x.D, BLOCK_M, BLOCK_D,
@@ -178,22 +182,17 @@ def key_gradient_heads(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dw
                        WANT_V: tl.constexpr):  # fmt: skip
     """dk and dv over all rows of all heads of the group."""
     begin, full_begin, full_end, end = row_range(x, seq, n0, BLOCK_M, k.shape[0])
-    for g in range(x.group):
-        head = kv_head * x.group + g
-        if CLEAN:
-            dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
-                                       douts, begin, end, n0, BLOCK_M, True, WHOLE, CLEAN, WANT_K, WANT_V)  # fmt: skip
-        else:
-            if x.right is not None:
-                dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights,
-                                           queries, douts, begin, full_begin, n0, BLOCK_M, True, WHOLE,
-                                           CLEAN, WANT_K, WANT_V)  # fmt: skip
-            dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
-                                       douts, full_begin, full_end, n0, BLOCK_M, False, WHOLE, CLEAN, WANT_K,
+    if x.split and not CLEAN:
+        if x.right is not None:
+            dk, dv = key_gradient_rows(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts,
+                                       begin, full_begin, n0, BLOCK_M, True, WHOLE, CLEAN, WANT_K,
                                        WANT_V)  # fmt: skip
-            dk, dv = key_gradient_rows(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
-                                       douts, full_end, end, n0, BLOCK_M, True, WHOLE, CLEAN, WANT_K,
-                                       WANT_V)  # fmt: skip
+        dk, dv = key_gradient_rows(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts,
+                                   full_begin, full_end, n0, BLOCK_M, False, WHOLE, CLEAN, WANT_K,
+                                   WANT_V)  # fmt: skip
+        begin = full_end
+    dk, dv = key_gradient_rows(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, begin,
+                               end, n0, BLOCK_M, True, WHOLE, CLEAN, WANT_K, WANT_V)  # fmt: skip
     return dk, dv
 
 
@@ -230,14 +229,14 @@ def key_gradient_kernel(x, dkey, dvalue, lse, delta, dlse, dout, dweights, queri
     if dkey is not None:
         d = tl.arange(0, BLOCK_D)
         p_dkey = rows_of(dkey, b, kv_head, seq.key_start + n0, tl.arange(0, BLOCK_N)[:, None], d[None, :])
-        at = (n < stored)[:, None] & (d < x.D)[None, :]
+        at = (n < stored)[:, None] & (d < x.head_dim)[None, :]
         tl.store(p_dkey, (dk * x.scale).to(dkey.p.dtype.element_ty), mask=at)
     if dvalue is not None:
         if x.threshold is not None:
             dv = dv * x.keep_factor
         d = tl.arange(0, BLOCK_DV)
         p_dvalue = rows_of(dvalue, b, kv_head, seq.key_start + n0, tl.arange(0, BLOCK_N)[:, None], d[None, :])
-        at = (n < stored)[:, None] & (d < x.DV)[None, :]
+        at = (n < stored)[:, None] & (d < x.value_dim)[None, :]
         tl.store(p_dvalue, dv.to(dvalue.p.dtype.element_ty), mask=at)
 
 
@@ -301,17 +300,20 @@ def query_gradient_kernel(x, dquery, lse, delta, dlse, dout, dweights, keys, val
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     last = tl.minimum(block * BLOCK_M + BLOCK_M, seq.rows) - 1
     begin, full_begin, full_end, end = key_range(x, seq, block * BLOCK_M, last, BLOCK_N)
-    if x.left is not None:
+    first = begin
+    if x.split:
+        if x.left is not None:
+            dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys,
+                                     values, begin, full_begin, BLOCK_N, True, WHOLE, False)  # fmt: skip
         dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
-                                 begin, full_begin, BLOCK_N, True, WHOLE, False)  # fmt: skip
+                                 full_begin, full_end, BLOCK_N, False, WHOLE, False)  # fmt: skip
+        first = full_end
     dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
-                             full_begin, full_end, BLOCK_N, False, WHOLE, False)  # fmt: skip
-    dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
-                             full_end, end, BLOCK_N, True, WHOLE, False)  # fmt: skip
+                             first, end, BLOCK_N, True, WHOLE, False)  # fmt: skip
     if spoiled(dq):
         dq = tl.zeros_like(dq)
         dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
                                  begin, end, BLOCK_N, True, WHOLE, True)  # fmt: skip
     p_dquery = rows_of(dquery, b, head, seq.row_start, m[:, None], d[None, :])
-    at = (r < seq.rows)[:, None] & (d < x.D)[None, :]
+    at = (r < seq.rows)[:, None] & (d < x.head_dim)[None, :]
     tl.store(p_dquery, (dq * x.scale).to(dquery.p.dtype.element_ty), mask=at)

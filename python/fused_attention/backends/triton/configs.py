@@ -165,7 +165,8 @@ def static(kernel: str, arch: str, spec: AttentionSpec) -> Config:
 def _static(kernel: str, arch: str, dtype: torch.dtype, dim: int, is_heavy: bool) -> Config:
     column = max(dim, 64).bit_length() - 7  # dims up to 64, 128, 256, 512
     if dtype == torch.float32:
-        return _FLOAT[kernel][column]
+        own = _FLOAT_SM_100.get(kernel) if family(arch) == "sm_100" else None
+        return (own or _FLOAT[kernel])[column]
     if kernel in _SQUARE:
         return _SQUARE[kernel][column]
     chip = family(arch)
@@ -304,8 +305,8 @@ _HALF = {
         Config(16, 32, 8, 1),
     ),
     ("key_gradient", "sm_100", "light"): (
-        Config(64, 128, 8, 2, T),
-        Config(32, 128, 8, 2, T),
+        Config(64, 128, 8, 1, T),
+        Config(32, 64, 8, 2, T),
         Config(32, 32, 8, 1),
         Config(16, 16, 8, 1, together=False),
     ),
@@ -370,9 +371,16 @@ _HALF = {
 _FLOAT = {
     "forward": (Config(32, 16, 8, 1),) * 4,
     "key_gradient": (Config(16, 16, 8, 1),) * 2 + (Config(16, 16, 8, 1, together=False),) * 2,
-    "query_gradient": (Config(32, 16, 8, 1),) * 2 + (Config(16, 16, 8, 1),) * 2,
+    "query_gradient": (Config(16, 32, 4, 1),) * 2 + (Config(16, 16, 8, 1),) * 2,
     "weights": (Config(32, 32, 8, 1),) * 4,
     "additive_gradient": (Config(16, 32, 8, 1),) * 2 + (Config(16, 16, 8, 1),) * 2,
+}
+# ptxas for sm_100 moves more loads of operands ahead: fewer threads with more of the tile each, or twice as many.
+_FLOAT_SM_100 = {
+    "forward": (Config(32, 16, 8, 1),) * 3 + (Config(16, 32, 8, 1),),
+    "key_gradient": (Config(16, 16, 4, 1),) * 2
+    + (Config(16, 16, 8, 1, together=False), Config(32, 16, 16, 1, together=False)),
+    "query_gradient": (Config(16, 32, 4, 1),) * 2 + (Config(16, 16, 8, 1), Config(16, 16, 16, 1)),
 }
 
 # Bound by what they write; two products, and the tile of the result stays in registers.

@@ -165,12 +165,15 @@ def forward_kernel(x, out, lse, stats, keys, values, schedule, row_blocks, BLOCK
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -INF, tl.float32)
-    if x.left is not None:
-        acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, begin, full_begin, keys,
-                                 values, BLOCK_N, True, False)  # fmt: skip
-    acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, full_begin, full_end, keys,
-                             values, BLOCK_N, False, SPECIALIZE)  # fmt: skip
-    acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, full_end, end, keys,
+    first = begin
+    if x.split:
+        if x.left is not None:
+            acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, begin, full_begin,
+                                     keys, values, BLOCK_N, True, False)  # fmt: skip
+        acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, full_begin, full_end,
+                                 keys, values, BLOCK_N, False, SPECIALIZE)  # fmt: skip
+        first = full_end
+    acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, first, end, keys,
                              values, BLOCK_N, True, False)  # fmt: skip
     if spoiled(acc):
         acc = rescue(x, seq, head_of_row, kv_head, m[:, None], q, acc, top, begin, end, keys, BLOCK_N)
@@ -197,4 +200,5 @@ def forward_kernel(x, out, lse, stats, keys, values, schedule, row_blocks, BLOCK
         tl.store(rows_of(stats[1], seq.b, head, seq.row_start, m, 0), 1.0 / total, mask=exists)
     dv = tl.arange(0, BLOCK_DV)
     p_out = rows_of(out, seq.b, head_of_row, seq.row_start, m[:, None], dv[None, :])
-    tl.store(p_out, (acc / total[:, None]).to(out.p.dtype.element_ty), mask=exists[:, None] & (dv < x.DV)[None, :])
+    at = exists[:, None] & (dv < x.value_dim)[None, :]
+    tl.store(p_out, (acc / total[:, None]).to(out.p.dtype.element_ty), mask=at)

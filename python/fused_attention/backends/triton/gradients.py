@@ -11,7 +11,7 @@ from torch import Tensor
 from ...layout import output_like, rows_contiguous
 from ...spec import AttentionSpec, Inputs, Outputs
 from . import backward_kernels, configs, weights_kernels
-from .attention import describe, problem, right_side, row_view, schedule, view, weights_view
+from .attention import describe, problem, readable, right_side, row_view, schedule, view, weights_view
 from .launch import Launch, compile_options
 from .tiles import Problem, View
 
@@ -50,7 +50,7 @@ def backward_launches(
     dout, dlse, dweights = grads
     if dout is None:
         dout = torch.zeros_like(out.output)
-    dout = rows_contiguous(dout)
+    dout = readable(dout)
     packed = spec.packed
     delta = torch.empty_like(out.lse)
     s = _Pass(

@@ -57,13 +57,16 @@ class Problem(NamedTuple):
     threshold: Any  # dropout: kept iff the word, with its top bit flipped, is at least this as a signed number
     keep_factor: Any  # 1 / (1 - p)
     group: Any  # constexpr: query heads that share a key head
-    D: Any  # constexpr
+    D: Any  # constexpr: head dims as tensors are read, multiples of ALIGN
     DV: Any  # constexpr
+    head_dim: Any  # constexpr: as they are written
+    value_dim: Any  # constexpr
     bottom_right: Any  # constexpr
     raw: Any  # constexpr: scores are the bare products, and the scale is left to the exponent
     exact: Any  # constexpr: float32, where the last bits count
     precision: Any  # constexpr: of products of float32: "ieee", "tf32"
     chunk: Any  # constexpr: head dims that a product takes at a time, or 0 for all
+    split: Any  # constexpr: tiles that are visible as a whole have a loop of their own, without mask arithmetic
 
 
 class Sequence(NamedTuple):
