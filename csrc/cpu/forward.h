@@ -76,29 +76,29 @@ template <class T>
   }
 }
 
-// out and lse of a finished block of rows.
+// out and lse of finished rows, from their largest scores, sums and weighted sums o [rows, ldo].
 template <class T>
-[[maybe_unused]] static void write_rows(const Problem& x, const Forward<T>& f, int64_t row, int rows,
-                                        const ForwardScratch<T>& w) {
-  const AttentionParams& p = f.p;
+[[maybe_unused]] static void write_rows(const Problem& x, int64_t row, int rows, T* outputs, int64_t ldo, const T* top,
+                                        const T* sums) {
+  const AttentionParams& p = *x.p;
   const T keep = has_dropout(p) ? dropout_keep<T>(p) : T(1);
   const double sink = p.sinks.data ? static_cast<double>(*element<T>(p.sinks, x.h, 0, 0)) : -kInf<double>;
   for (int i = 0; i < rows; ++i) {
-    const double m = static_cast<double>(w.m[i]), l = static_cast<double>(w.l[i]);
+    const double m = static_cast<double>(top[i]), l = static_cast<double>(sums[i]);
     const bool dead = m == -kInf<double> && l == 0.0;
     T divisor = 1, stats[2] = {0, 0};
     double lse = -kInf<double>;
     if (!dead) {
-      const double top = sink > m ? sink : m, shrink = top == m ? 1.0 : __builtin_exp(m - top);
-      const double total = l * shrink + (p.sinks.data ? __builtin_exp(sink - top) : 0.0);
+      const double high = sink > m ? sink : m, shrink = high == m ? 1.0 : __builtin_exp(m - high);
+      const double total = l * shrink + (p.sinks.data ? __builtin_exp(sink - high) : 0.0);
       divisor = static_cast<T>(total / shrink);
-      lse = top + __builtin_log(total);
-      stats[0] = static_cast<T>(top), stats[1] = static_cast<T>(1.0 / total);
+      lse = high + __builtin_log(total);
+      stats[0] = static_cast<T>(high), stats[1] = static_cast<T>(1.0 / total);
     }
-    T* o = w.o + i * f.ldo;
+    T* o = outputs + i * ldo;
     if (dead)  // what a hidden Inf may have left there
       for (int64_t j = 0; j < p.DV; ++j) o[j] = 0;
-    for (int64_t j = 0; j < f.ldo; ++j) o[j] /= divisor;
+    for (int64_t j = 0; j < ldo; ++j) o[j] /= divisor;
     store_row(address(p.out, x.batch, x.h, x.row0 + row + i), p.out.dtype, o, keep, p.DV);
     if (p.stats.data)
       for (int j = 0; j < 2; ++j) *reinterpret_cast<T*>(address(p.stats, x.batch, x.h, x.row0 + row + i, j)) = stats[j];
@@ -113,8 +113,7 @@ template <class T>
   const int64_t key = x.key0 + t.key;
   pack_transposed(w.kt, f.lds, row_address(p.k, x, x.hk, key), p.k.dtype, p.k.stride[2], t.keys, p.D, w.strip);
   pack_rows(w.v, f.ldo, row_address(p.v, x, x.hk, key), p.v.dtype, p.v.stride[2], t.keys, p.DV);
-  dot_products<T>(t.rows, t.keys, static_cast<int>(p.D), dot_piece(p.M, p.N), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
-                  t.panels());
+  score_products<T>(p.M, p.N, t.rows, t.keys, static_cast<int>(p.D), w.q, f.ldq, w.kt, f.lds, w.s, f.lds, t.panels());
   finish_scores<T>(x, t, w.s, f.lds, nullptr, w.row);
   online_softmax<T>(t, w.s, f.lds, w.m, w.l, w.alpha);
   if (has_dropout(p)) drop_tile<T>(x, t, w.s, f.lds, w.keep);
@@ -149,7 +148,7 @@ template <class T>
     const int keys = static_cast<int>(min_of<int64_t>(f.bn, r.hi - key));
     if (make_tile(x, row, rows, key, keys, t)) forward_tile<T>(x, f, t, w);
   }
-  write_rows<T>(x, f, row, rows, w);
+  write_rows<T>(x, row, rows, w.o, f.ldo, w.m, w.l);
 }
 
 template <class T>

@@ -4,7 +4,7 @@
 // B is row-major with its rows padded to NR. C is MR x NR tiles held in registers while k runs.
 // Rows of A and C are padded to MR, so that an edge tile may compute rows nobody reads.
 #pragma once
-#include "vec.h"
+#include "tiles.h"
 
 FA_BEGIN
 
@@ -79,6 +79,41 @@ template <class T>
   for (int i = piece; i < k; i += piece)
     gemm<T, false, Into::add>(m, n, min_of(k - i, piece), a + i, lda, b + i * ldb, ldb, c, ldc, nullptr, columns,
                               nullptr);
+}
+
+// Up to this many rows of queries, few_rows.h sums q.k in the lanes of a vector, and so does whoever computes the same
+// scores: P = exp(S - lse) adds up to 1 only where both have the same rounding errors.
+constexpr int64_t kLaneRows = 8;
+
+// C = A B with A row-major; the terms k, k + VL, k + 2 VL ... of a dot product in one chain, the chains by halves.
+template <class T>
+[[maybe_unused]] static void lane_products(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+                                           int64_t ldc) {
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; j += VL<T>) {
+      Vec<T> acc[VL<T>];
+#pragma GCC unroll 16
+      for (int l = 0; l < VL<T>; ++l) acc[l] = Vec<T>{};
+      for (int d = 0; d < k; d += VL<T>)
+        for (int l = 0; l < min_of(VL<T>, k - d); ++l)
+          acc[l] += splat<T>(a[i * lda + d + l]) * load<T>(b + (d + l) * ldb + j);
+#pragma GCC unroll 4
+      for (int half = VL<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; ++l) acc[l] += acc[l + half];
+      store<T>(c + i * ldc + j, acc[0]);
+    }
+  }
+}
+
+// Scores of a tile of a problem with M rows and N keys; all of them where rows are few, else those on `columns`.
+template <class T>
+[[maybe_unused]] static void score_products(int64_t M, int64_t N, int m, int n, int k, const T* q, int64_t ldq,
+                                            const T* kt, int64_t ldk, T* s, int64_t lds, const Span* columns) {
+  if (sizeof(T) == sizeof(float) && M <= kLaneRows)
+    lane_products<T>(m, n, k, q, ldq, kt, ldk, s, lds);
+  else
+    dot_products<T>(m, n, k, dot_piece(M, N), q, ldq, kt, ldk, s, lds, columns);
 }
 
 // The same product where B holds NaN or Inf in rows that nobody sees: an A of exactly 0 contributes nothing.

@@ -10,7 +10,7 @@
 
 #include "backward.h"
 #include "bias_grad.h"
-#include "forward.h"
+#include "few_rows.h"
 #include "weights.h"
 
 FA_BEGIN
@@ -45,7 +45,8 @@ static bool backward(const AttentionParams& params) {
 }
 
 static bool run_forward(const AttentionParams& p) {
-  return p.q.dtype == DType::f64 ? forward<double>(p) : forward<float>(p);
+  if (p.q.dtype == DType::f64) return forward<double>(p);
+  return few_rows_wanted(p) ? few_rows(p) : forward<float>(p);
 }
 static bool run_backward(const AttentionParams& p) {
   return p.q.dtype == DType::f64 ? backward<double>(p) : backward<float>(p);

@@ -52,20 +52,8 @@ FA_INLINE void transpose_square(const T* src, int64_t lds, T* dst, int64_t ldd) 
   for (int round = 1; round < W; round *= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < W / 2; ++i) {
-      if constexpr (W == 2) {
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + W / 2], 0, 2);
-        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + W / 2], 1, 3);
-      } else if constexpr (W == 4) {
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + W / 2], 0, 4, 1, 5);
-        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + W / 2], 2, 6, 3, 7);
-      } else if constexpr (W == 8) {
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + W / 2], 0, 8, 1, 9, 2, 10, 3, 11);
-        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + W / 2], 4, 12, 5, 13, 6, 14, 7, 15);
-      } else {
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + W / 2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        b[2 * i + 1] =
-            __builtin_shufflevector(a[i], a[i + W / 2], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-      }
+      b[2 * i] = interleave_low<T>(a[i], a[i + W / 2]);
+      b[2 * i + 1] = interleave_high<T>(a[i], a[i + W / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) a[i] = b[i];

@@ -89,8 +89,8 @@ FA_INLINE Span whole_vectors(Span s, int vector) {
 // s = P on the tile, from the row's stats where the forward pass left them, else from lse: defined on the span of each row's panel, rounded out to whole vectors.
 template <class T>
 [[maybe_unused]] static void probabilities(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w) {
-  dot_products<T>(t.rows, t.keys, static_cast<int>(f.p.D), dot_piece(f.p.M, f.p.N), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
-                  t.panels());
+  score_products<T>(f.p.M, f.p.N, t.rows, t.keys, static_cast<int>(f.p.D), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
+                    t.panels());
   finish_scores<T>(x, t, w.s, f.lds, w.slope, w.row);
   for (int i = 0; i < t.rows; ++i) {
     const Span v = whole_vectors(panel_span(t, i), VL<T>);
@@ -155,23 +155,25 @@ FA_INLINE void gradient_row(T* s, T* dp, const T* slope, const T* keep, const T*
 // or dP - delta would not cancel.
 template <class T>
 FA_INLINE void gradient_whole_row(T* s, T* dp, const T* slope, const T* keep, const T* dw, Span v, T dlse, T sink) {
-  Vec<T> sum{}, total{};
+  Vec<T> total{};
+  for (int j = v.lo; j < v.hi; j += VL<T>) total += load<T>(s + j);
+  const T weight = reduce_add<T>(total) + sink;
+  const T divisor = weight > T(0) ? weight : T(1);
+  Vec<T> sum{};
   for (int j = v.lo; j < v.hi; j += VL<T>) {
-    const Vec<T> p = load<T>(s + j);
+    const Vec<T> p =
+        load<T>(s + j) / divisor;  // a key alone has the weight 1 exactly, as it would not with 1 / divisor
     Vec<T> d = load<T>(dp + j);
     if (dw) d += load<T>(dw + j);
     if (keep) d *= load<T>(keep + j);
     d = p == 0 ? Vec<T>{} : d;
+    store<T>(s + j, p);
     store<T>(dp + j, d);
     sum += p * d;
-    total += p;
   }
-  const T weight = reduce_add<T>(total) + sink;
-  const T inverse = weight > T(0) ? T(1) / weight : T(0);
-  const T delta = reduce_add<T>(sum) * inverse;
+  const T delta = reduce_add<T>(sum);
   for (int j = v.lo; j < v.hi; j += VL<T>) {
-    const Vec<T> p = load<T>(s + j) * inverse;
-    store<T>(s + j, p);
+    const Vec<T> p = load<T>(s + j);
     Vec<T> d = p * ((load<T>(dp + j) - delta) + dlse);
     if (slope) d *= load<T>(slope + j);
     if (keep) store<T>(s + j, p * load<T>(keep + j));

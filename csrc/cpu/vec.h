@@ -117,6 +117,40 @@ FA_INLINE T reduce_add(Vec<T> x) {
   return lane[0];
 }
 
+// The lower halves of a and b interleaved: a0 b0 a1 b1 ...
+template <class T>
+FA_INLINE Vec<T> interleave_low(Vec<T> a, Vec<T> b) {
+  if constexpr (VL<T> == 2)
+    return __builtin_shufflevector(a, b, 0, 2);
+  else if constexpr (VL<T> == 4)
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  else if constexpr (VL<T> == 8)
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  else
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+// The upper halves.
+template <class T>
+FA_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
+  if constexpr (VL<T> == 2)
+    return __builtin_shufflevector(a, b, 1, 3);
+  else if constexpr (VL<T> == 4)
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  else if constexpr (VL<T> == 8)
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  else
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+// Lane i: the sum of the lanes of a[i], for VL vectors, which are overwritten.
+template <class T>
+FA_INLINE Vec<T> sum_each(Vec<T>* a) {
+#pragma GCC unroll 4
+  for (int n = VL<T> / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) a[i] = interleave_low<T>(a[i], a[i + n]) + interleave_high<T>(a[i], a[i + n]);
+  return a[0];
+}
+
 template <class T>
 struct Exp;
 template <>

@@ -1,0 +1,338 @@
+// Forward pass for few rows of queries, as in decoding: bound by reading K and V, each of which is read once, where it
+// lies, for all rows of the query heads that share it. The keys are split among tasks (Dao et al., "Flash-Decoding",
+// 2023), and the parts of a row are merged in their order:
+//
+//   top = max_s m_s;   l = sum_s l_s exp(m_s - top);   O = sum_s O_s exp(m_s - top)
+//
+// A task has R = heads * M rows of one (batch, key head). Row r is row r % M of head r / M.
+#pragma once
+#include "forward.h"
+
+FA_BEGIN
+
+constexpr int kFewRows = 32, kFewKeys = 128;
+
+struct FewRows {
+  AttentionParams p;
+  int heads;             // query heads of a task
+  int64_t head_blocks;   // tasks that share a key head
+  int64_t splits, keys;  // of the keys, and how many each has
+  int64_t ldq, ldv, lds;
+  float* partial;  // [batch, key head, head block, split, R, ldv + 2]: O, then m and l; null with one split
+  int64_t rows() const { return heads * p.M; }
+  int64_t part() const { return rows() * (ldv + 2); }
+};
+
+struct FewRowsScratch {
+  float *q, *k, *v, *s, *o, *m, *l, *alpha;
+  RowBuffers<float> row;
+  FewRowsScratch(const FewRows& f, Arena& a) {
+    q = a.take<float>(f.rows() * f.ldq);
+    k = a.take<float>(kFewKeys * f.ldq);
+    v = a.take<float>(kFewKeys * f.ldv);
+    s = a.take<float>(f.rows() * f.lds);
+    o = a.take<float>(f.rows() * f.ldv);
+    m = a.take<float>(f.rows());
+    l = a.take<float>(f.rows());
+    alpha = a.take<float>(f.rows());
+    row.mask = a.take<float>(kMaxKeys + 16);
+    row.bias = a.take<float>(kMaxKeys + 16);
+  }
+};
+
+// Rows of K or V as they are stored: address of the first, bytes from one to the next.
+struct Stored {
+  const char* at;
+  int64_t step;
+};
+
+template <DType S>
+struct Storage {
+  using type = uint16_t;
+};
+template <>
+struct Storage<DType::f32> {
+  using type = float;
+};
+
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+
+// VL elements of a type in the compute type. Whoever reads a type that is not `direct` makes a copy first.
+template <DType S>
+FA_INLINE Vec<float> load_as(const char* p) {
+  if constexpr (S == DType::bf16) {
+    HalfVec h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return from_bits<float>(__builtin_convertvector(h, IVec<float>) << 16);
+#if defined(__AVX512F__)
+  } else if constexpr (S == DType::f16) {
+    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  } else if constexpr (S == DType::f16) {
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+  } else {
+    return load<float>(reinterpret_cast<const float*>(p));
+  }
+}
+FA_INLINE bool direct(DType type) {
+#if defined(__F16C__)
+  return type == DType::f32 || type == DType::bf16 || type == DType::f16;
+#else
+  return type == DType::f32 || type == DType::bf16;
+#endif
+}
+
+// Rows of K or V, `width` elements of each: where they lie, if they can be read there and no further than their end,
+// else a copy in the compute type with zeros behind. often: so many rows of queries read them that what has to be
+// converted is converted once. `type` becomes what they are stored as.
+FA_INLINE Stored stored_rows(const Tensor& t, const Problem& x, int64_t row, int rows, int64_t columns, int64_t width,
+                             float* copy, bool often, bool must_copy, DType& type) {
+  const char* src = row_address(t, x, x.hk, row);
+  const int64_t step = t.stride[2] * size_of(t.dtype);
+  type = t.dtype;
+  const bool as_is = direct(t.dtype) && (t.dtype == DType::f32 || !often);
+  if (columns == width && as_is && !must_copy) return {src, step};
+  type = DType::f32;
+  for (int i = 0; i < rows; ++i) {
+    load_row(copy + i * width, src + i * step, t.dtype, columns);
+    for (int64_t j = columns; j < width; ++j) copy[i * width + j] = 0;
+  }
+  return {reinterpret_cast<const char*>(copy), width * static_cast<int64_t>(sizeof(float))};
+}
+
+// s [R, keys] = q k^T, ROWS rows and VL / ROWS keys at a time: each sum is one accumulator, all of them in registers.
+template <DType S, int ROWS>
+[[maybe_unused]] static void few_products(int rows, int keys, int64_t width, const float* q, int64_t ldq, Stored k,
+                                          float* s, int64_t lds) {
+  constexpr int KEYS = VL<float> / ROWS;
+  constexpr int64_t size = sizeof(typename Storage<S>::type);
+  for (int j = 0; j < keys; j += KEYS) {
+    const char* key[KEYS];  // the last keys are taken twice where they do not fill a vector
+    for (int b = 0; b < KEYS; ++b) key[b] = k.at + min_of(j + b, keys - 1) * k.step;
+    for (int r = 0; r < rows; r += ROWS) {
+      Vec<float> acc[VL<float>];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<float>; ++i) acc[i] = Vec<float>{};
+      const float* row = q + r * ldq;
+      for (int64_t d = 0; d < width; d += VL<float>) {
+#pragma GCC unroll 16
+        for (int b = 0; b < KEYS; ++b) {
+          const Vec<float> kd = load_as<S>(key[b] + d * size);
+#pragma GCC unroll 16
+          for (int a = 0; a < ROWS; ++a) acc[a * KEYS + b] += load<float>(row + a * ldq + d) * kd;
+        }
+      }
+      const Vec<float> sums = sum_each<float>(acc);
+      float lane[VL<float>];
+      store<float>(lane, sums);
+#pragma GCC unroll 16
+      for (int a = 0; a < ROWS; ++a)
+        __builtin_memcpy(s + (r + a) * lds + j, lane + a * KEYS, sizeof(float) * static_cast<size_t>(KEYS));
+    }
+  }
+}
+
+// o [R, width] = alpha o + s v, ROWS rows and VECTORS vectors of o at a time in registers, over all keys of the tile.
+template <DType S, int ROWS, int VECTORS>
+FA_INLINE void few_sums(int keys, const float* s, int64_t lds, Stored v, const float* alpha, float* o, int64_t ldo) {
+  constexpr int64_t bytes = VL<float> * static_cast<int64_t>(sizeof(typename Storage<S>::type));
+  Vec<float> acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int a = 0; a < ROWS; ++a)
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) acc[a][c] = alpha[a] * load<float>(o + a * ldo + c * VL<float>);
+  for (int j = 0; j < keys; ++j) {
+    const char* row = v.at + j * v.step;
+    Vec<float> value[VECTORS];
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) value[c] = load_as<S>(row + c * bytes);
+#pragma GCC unroll 8
+    for (int a = 0; a < ROWS; ++a) {
+      const Vec<float> weight = splat<float>(s[a * lds + j]);
+#pragma GCC unroll 8
+      for (int c = 0; c < VECTORS; ++c) acc[a][c] += weight * value[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int a = 0; a < ROWS; ++a)
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) store<float>(o + a * ldo + c * VL<float>, acc[a][c]);
+}
+template <DType S, int VECTORS>
+FA_INLINE int64_t add_columns(int rows, int keys, int64_t from, int64_t width, const float* s, int64_t lds, Stored v,
+                              const float* alpha, float* o, int64_t ldo) {
+  constexpr int64_t size = sizeof(typename Storage<S>::type);
+  for (; from + VECTORS * VL<float> <= width; from += VECTORS * VL<float>) {
+    const Stored at{v.at + from * size, v.step};
+    int r = 0;
+    if constexpr (VECTORS <= 2)
+      for (; r + 4 <= rows; r += 4)
+        few_sums<S, 4, VECTORS>(keys, s + r * lds, lds, at, alpha + r, o + r * ldo + from, ldo);
+    for (; r < rows; ++r) few_sums<S, 1, VECTORS>(keys, s + r * lds, lds, at, alpha + r, o + r * ldo + from, ldo);
+  }
+  return from;
+}
+
+// Both products of a tile, for one storage type.
+template <DType S>
+[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, Stored k) {
+  constexpr int most = VL<float> < 4 ? VL<float> : 4;
+  const int rows = static_cast<int>(f.rows()), whole = rows / most * most;
+  few_products<S, most>(whole, keys, f.ldq, w.q, f.ldq, k, w.s, f.lds);
+  few_products<S, 1>(rows - whole, keys, f.ldq, w.q + whole * f.ldq, f.ldq, k, w.s + whole * f.lds, f.lds);
+}
+template <DType S>
+[[maybe_unused]] static void add_values(const FewRows& f, const FewRowsScratch& w, int keys, Stored v) {
+  const int rows = static_cast<int>(f.rows());
+  int64_t done = 0;
+  if (rows < 4) done = add_columns<S, 8>(rows, keys, 0, f.ldv, w.s, f.lds, v, w.alpha, w.o, f.ldv);
+  add_columns<S, 2>(rows, keys, done, f.ldv, w.s, f.lds, v, w.alpha, w.o, f.ldv);
+}
+struct Products {
+  void (*score_keys)(const FewRows&, const FewRowsScratch&, int keys, Stored k);
+  void (*add_values)(const FewRows&, const FewRowsScratch&, int keys, Stored v);
+};
+FA_INLINE Products products_of(DType type) {
+  if (type == DType::bf16) return {score_keys<DType::bf16>, add_values<DType::bf16>};
+#if defined(__F16C__)
+  if (type == DType::f16) return {score_keys<DType::f16>, add_values<DType::f16>};
+#endif
+  return {score_keys<DType::f32>, add_values<DType::f32>};
+}
+
+// One tile of keys for all rows of a task.
+[[maybe_unused]] static void few_tile(const FewRows& f, const Problem* heads, const Tile& t, const FewRowsScratch& w) {
+  const AttentionParams& p = f.p;
+  const Problem& any = heads[0];
+  const int rows = static_cast<int>(f.rows()), m = static_cast<int>(p.M);
+  const int64_t key = any.key0 + t.key;
+  DType type;
+  const bool often = rows >= 8;
+  const Stored k = stored_rows(p.k, any, key, t.keys, p.D, f.ldq, w.k, often, false, type);
+  products_of(type).score_keys(f, w, t.keys, k);
+  const int width = static_cast<int>(round_up(t.keys, VL<float>));
+  for (int g = 0; g < f.heads; ++g) {
+    float* s = w.s + g * m * f.lds;
+    finish_scores<float>(heads[g], t, s, f.lds, nullptr, w.row);
+    online_softmax<float>(t, s, f.lds, w.m + g * m, w.l + g * m, w.alpha + g * m);
+    for (int i = 0; t.ragged && i < m; ++i) {  // what finish_scores leaves undefined
+      const Span own = panel_span(t, i);
+      for (int j = 0; j < own.lo; ++j) s[i * f.lds + j] = 0;
+      for (int j = own.hi; j < width; ++j) s[i * f.lds + j] = 0;
+    }
+  }
+  const bool hides = may_hide(any, t);  // then a V that is not finite must not meet a weight of 0
+  const Stored v = stored_rows(p.v, any, key, t.keys, p.DV, f.ldv, w.v, often, hides, type);
+  if (hides && !all_finite(w.v, f.ldv, t.keys, f.ldv))
+    gemm_skip_zeros<float, false, Into::scale_add>(rows, static_cast<int>(f.ldv), t.keys, w.s, f.lds, w.v, f.ldv, w.o,
+                                                   f.ldv, w.alpha, nullptr);
+  else
+    products_of(type).add_values(f, w, t.keys, v);
+}
+
+// What a task is: (batch, key head), block of its query heads, split.
+struct FewRowsTask {
+  int64_t b, hk, head, split;
+};
+FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
+  const int64_t split = task % f.splits, block = task / f.splits % f.head_blocks,
+                pair = task / f.splits / f.head_blocks;
+  const int64_t hk = pair % f.p.HK;
+  return {pair / f.p.HK, hk, hk * (f.p.H / f.p.HK) + block * f.heads, split};
+}
+
+[[maybe_unused]] static void few_rows_task(const void* plan, int64_t task, char* scratch) {
+  const FewRows& f = *static_cast<const FewRows*>(plan);
+  const AttentionParams& p = f.p;
+  const FewRowsTask at = few_rows_task_of(f, task);
+  Arena arena{reinterpret_cast<uintptr_t>(scratch)};
+  const FewRowsScratch w(f, arena);
+  const int m = static_cast<int>(p.M);
+  Problem heads[kFewRows];
+  for (int g = 0; g < f.heads; ++g) {
+    heads[g] = make_problem(p, at.b, at.head + g);
+    pack_rows(w.q + g * m * f.ldq, f.ldq, row_address(p.q, heads[g], at.head + g, 0), p.q.dtype, p.q.stride[2], m, p.D);
+  }
+  for (int64_t i = 0; i < f.rows() * f.ldq; ++i) w.q[i] *= static_cast<float>(p.scale);
+  for (int64_t i = 0; i < f.rows(); ++i) w.m[i] = -kInf<float>, w.l[i] = w.alpha[i] = 0;
+  __builtin_memset(w.o, 0, sizeof(float) * static_cast<size_t>(f.rows() * f.ldv));
+  const Range seen = visible(heads[0], 0, m);
+  const int64_t begin = max_of(seen.lo / kFewKeys * kFewKeys, at.split * f.keys);
+  const int64_t end = min_of(seen.hi, (at.split + 1) * f.keys);
+  Tile t;
+  for (int64_t key = begin; key < end; key += kFewKeys) {
+    const int keys = static_cast<int>(min_of<int64_t>(kFewKeys, end - key));
+    if (make_tile(heads[0], 0, m, key, keys, t)) few_tile(f, heads, t, w);
+  }
+  if (f.partial) {
+    float* to = f.partial + task * f.part();
+    __builtin_memcpy(to, w.o, sizeof(float) * static_cast<size_t>(f.rows() * f.ldv));
+    __builtin_memcpy(to + f.rows() * f.ldv, w.m, sizeof(float) * static_cast<size_t>(f.rows()));
+    __builtin_memcpy(to + f.rows() * (f.ldv + 1), w.l, sizeof(float) * static_cast<size_t>(f.rows()));
+  } else {
+    for (int g = 0; g < f.heads; ++g)
+      write_rows<float>(heads[g], 0, m, w.o + g * m * f.ldv, f.ldv, w.m + g * m, w.l + g * m);
+  }
+}
+
+// The splits of all rows of one (batch, key head, block of heads), merged into the first.
+[[maybe_unused]] static void merge_task(const void* plan, int64_t task, char*) {
+  const FewRows& f = *static_cast<const FewRows*>(plan);
+  const FewRowsTask at = few_rows_task_of(f, task * f.splits);
+  const int64_t rows = f.rows(), m = f.p.M;
+  float* first = f.partial + task * f.splits * f.part();
+  float *top = first + rows * f.ldv, *sum = top + rows;
+  for (int64_t r = 0; r < rows; ++r) {
+    float high = top[r];
+    for (int64_t s = 1; s < f.splits; ++s) high = max_of(high, top[s * f.part() + r]);
+    const float shift = high == -kInf<float> ? float(0) : high;
+    for (int64_t s = 0; s < f.splits; ++s) {
+      const float factor = exp1<float>(top[s * f.part() + r] - shift);
+      const float* from = first + s * f.part() + r * f.ldv;
+      float* to = first + r * f.ldv;
+      for (int64_t j = 0; j < f.ldv; ++j) to[j] = s ? to[j] + from[j] * factor : from[j] * factor;
+      sum[r] = s ? sum[r] + sum[s * f.part() + r] * factor : sum[r] * factor;
+    }
+    top[r] = high;
+  }
+  for (int g = 0; g < f.heads; ++g)
+    write_rows<float>(make_problem(f.p, at.b, at.head + g), 0, static_cast<int>(m), first + g * m * f.ldv, f.ldv,
+                      top + g * m, sum + g * m);
+}
+
+// Whether these kernels are the faster ones. What they leave to forward.h: dropout, packed sequences, many rows.
+[[maybe_unused]] static bool few_rows_wanted(const AttentionParams& p) {
+  return p.M > 0 && p.M <= kLaneRows && p.N > 0 && p.B * p.H > 0 && !p.cu_seqlens_q && !has_dropout(p) && !p.stats.data;
+}
+
+[[maybe_unused]] static bool few_rows(const AttentionParams& p) {
+  FewRows f{};
+  f.p = p;
+  const int64_t group = p.H / p.HK;
+  int64_t heads = min_of<int64_t>(group, max_of<int64_t>(kFewRows / p.M, 1));
+  while (group % heads) --heads;
+  f.heads = static_cast<int>(heads), f.head_blocks = group / heads;
+  f.ldq = round_up(p.D, VL<float>), f.ldv = round_up(p.DV, NR<float>), f.lds = kFewKeys + VL<float>;
+  // Splits by shape alone: 32 tasks keep any desktop busy, and 512 keys outweigh the merging.
+  const int64_t pairs = (p.batch_invariant ? 1 : p.B) * p.HK * f.head_blocks;
+  f.splits = max_of<int64_t>(min_of(ceil_div(32, pairs), p.N / 512), 1);
+  f.keys = round_up(ceil_div(p.N, f.splits), kFewKeys);
+  f.splits = ceil_div(p.N, f.keys);
+  const int64_t blocks = p.B * p.HK * f.head_blocks;
+  if (f.splits > 1) {
+    f.partial = static_cast<float*>(allocate(sizeof(float) * static_cast<size_t>(blocks * f.splits * f.part())));
+    if (!f.partial) return false;
+  }
+  Arena count{0};
+  FewRowsScratch layout(f, count);
+  const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
+                      static_cast<double>(p.D + p.DV);
+  bool ok = run_tasks(blocks * f.splits, p.threads, work, count.used, few_rows_task, &f);
+  if (ok && f.partial)
+    ok = run_tasks(blocks, p.threads, static_cast<double>(blocks * f.splits * f.part()), 0, merge_task, &f);
+  release(f.partial);
+  return ok;
+}
+
+FA_END
