@@ -5,6 +5,10 @@ Environment:
   CXX                           the C++ compiler (default: the first of g++, c++, clang++)
   CXXFLAGS                      appended to every compilation
   MAX_JOBS                      parallel compilations (default: ninja's)
+  FUSED_ATTENTION_CUDA          1: build the CUDA kernels or fail; 0: leave them out (default: if there is an nvcc)
+  FUSED_ATTENTION_CUDA_ARCHS    what they are compiled for, such as "80;86;120" (default: 80, which serves sm_86 and
+                                sm_89 too)
+  CUDACXX                       the CUDA compiler (default: nvcc on the path, or in CUDA_HOME/bin)
   FUSED_ATTENTION_REQUIRE_EXT   1: a build without the extension is an error instead of a note
   FUSED_ATTENTION_SANITIZE      such as "address,undefined": build with these sanitizers
 """
@@ -33,6 +37,8 @@ COMMON_FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 ]
 
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
 # kernels.cpp is compiled once for each of these; dispatch.cpp chooses among them by cpuid.
 KERNEL_ISAS = {
     "portable": [],
@@ -57,6 +63,20 @@ class Unit(NamedTuple):
     source: str
     object: str
     flags: list[str]
+    rule: str = "compile"
+
+
+class Cuda(NamedTuple):
+    """The CUDA compiler, what to compile for, and where its headers and libraries are."""
+
+    compiler: list[str]
+    archs: list[str]
+    version: str
+    include: Path
+    library: Path  # the static runtime
+
+
+CUDA_KERNELS = ["forward_sm80", "key_gradient_sm80", "query_gradient_sm80", "decode_sm80"]
 
 
 def find_compiler() -> list[str]:
@@ -73,6 +93,63 @@ def accepts(compiler: list[str], flags: list[str], code: str = "") -> bool:
     return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
 
 
+def find_cuda() -> Cuda | None:
+    """nvcc, where CUDA kernels are wanted and it is there; says so in one line where it is not.
+
+    Raises:
+        BuildError: FUSED_ATTENTION_CUDA=1 and the kernels cannot be built.
+    """
+    wanted = os.environ.get("FUSED_ATTENTION_CUDA", "")
+    if wanted == "0":
+        return None
+    try:
+        return _find_cuda()
+    except BuildError as error:
+        if wanted == "1":
+            raise
+        say(f"built without CUDA kernels: {error}")
+        return None
+
+
+def _find_cuda() -> Cuda:
+    asked = os.environ.get("CUDACXX")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [asked] if asked else ["nvcc", *([str(Path(home, "bin", "nvcc"))] if home else [])]
+    compiler = next((c for c in map(shlex.split, candidates) if shutil.which(c[0])), None)
+    if compiler is None:
+        raise BuildError(f"no CUDA compiler found (tried {', '.join(candidates)})")
+    archs = [a.strip() for a in os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "80").replace(",", ";").split(";")]
+    dry = [*compiler, *arch_flags(archs), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    told = subprocess.run(dry, capture_output=True, text=True)
+    settings = dict(
+        line[3:].split("=", 1) for line in told.stderr.splitlines() if line.startswith("#$ ") and "=" in line
+    )
+    if told.returncode or "TOP" not in settings:
+        reason = (told.stderr.strip().splitlines() or ["it says nothing of itself"])[-1]
+        raise BuildError(f"{shlex.join(compiler)} does not compile for {';'.join(archs)}: {reason}")
+    target = Path(settings["TOP"].strip(), settings.get("_TARGET_DIR_", "").strip()).resolve()
+    folders = [folder / name for folder in (target, target.parents[1]) for name in ("lib", "lib64")]
+    library = next((f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None)
+    if library is None or not (target / "include" / "cuda_runtime_api.h").exists():
+        raise BuildError(f"no CUDA runtime (headers and libcudart_static.a) in {target}")
+    printed = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    version = printed.partition("release ")[2].partition(",")[0] or "unknown"
+    return Cuda(compiler, archs, version, target / "include", library)
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+
+
+def cuda_units(cuda: Cuda) -> list[Unit]:
+    built = [f"-DFA_CUDA_ARCHS={';'.join(cuda.archs)}", f"-DFA_CUDA_COMPILER=nvcc {cuda.version}"]
+    return [
+        Unit("csrc/cuda/plan.cpp", "cuda_plan.o", []),
+        Unit("csrc/cuda/launch.cpp", "cuda_launch.o", ["-isystem", str(cuda.include), *built]),
+        *(Unit(f"csrc/cuda/{name}.cu", f"{name}.o", arch_flags(cuda.archs), "nvcc") for name in CUDA_KERNELS),
+    ]
+
+
 def sanitizer_flags() -> list[str]:
     names = os.environ.get("FUSED_ATTENTION_SANITIZE", "")
     return [f"-fsanitize={names}", "-fno-omit-frame-pointer", "-g", "-O1"] if names else []
@@ -86,7 +163,7 @@ def usable_isas(compiler: list[str]) -> dict[str, list[str]]:
     return isas
 
 
-def cpu_units(compiler: list[str]) -> list[Unit]:
+def units(compiler: list[str], cuda: Cuda | None) -> list[Unit]:
     import pybind11
 
     isas = usable_isas(compiler)
@@ -96,15 +173,17 @@ def cpu_units(compiler: list[str]) -> list[Unit]:
         Unit("csrc/cpu/kernels.cpp", f"kernels_{name}.o", [f"-DFA_ISA={name}", *flags]) for name, flags in isas.items()
     ]
     return [
-        Unit("csrc/bindings.cpp", "bindings.o", includes),
+        Unit("csrc/bindings.cpp", "bindings.o", [*includes, *(["-DFA_HAVE_CUDA=1"] if cuda else [])]),
         Unit("csrc/cpu/dispatch.cpp", "dispatch.o", built),
         *kernels,
+        *(cuda_units(cuda) if cuda else []),
     ]
 
 
-def write_ninja_file(path: Path, compiler: list[str], units: list[Unit], library: Path) -> None:
+def write_ninja_file(path: Path, compiler: list[str], cuda: Cuda | None, library: Path) -> None:
     from ninja import ninja_syntax
 
+    todo = units(compiler, cuda)
     flags = [*COMMON_FLAGS, *sanitizer_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     with path.open("w") as file:
         writer = ninja_syntax.Writer(file, width=110)
@@ -117,11 +196,21 @@ def write_ninja_file(path: Path, compiler: list[str], units: list[Unit], library
             depfile="$out.d",
             deps="gcc",
         )
-        writer.rule("link", "$cxx -shared $flags $in -o $out", description="link $out")
-        for unit in units:
+        writer.rule("link", "$cxx -shared $flags $in $libraries -o $out", description="link $out")
+        if cuda:
+            writer.rule(
+                "nvcc",
+                f"{shlex.join(cuda.compiler)} -MD -MF $out.d {shlex.join(CUDA_FLAGS)} $unit_flags -c $in -o $out",
+                description="compile $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
+        for unit in todo:
             source = ninja_syntax.escape_path(str(ROOT / unit.source))
-            writer.build(unit.object, "compile", source, variables={"unit_flags": shlex.join(unit.flags)})
-        writer.build(library.name, "link", [unit.object for unit in units])
+            writer.build(unit.object, unit.rule, source, variables={"unit_flags": shlex.join(unit.flags)})
+        libraries = [str(cuda.library), "-ldl", "-lrt", "-lpthread"] if cuda else []
+        objects = [unit.object for unit in todo]
+        writer.build(library.name, "link", objects, variables={"libraries": shlex.join(libraries)})
 
 
 def compile_extension(file_name: str) -> Path:
@@ -137,7 +226,7 @@ def compile_extension(file_name: str) -> Path:
     folder = ROOT / "build" / "-".join(filter(None, ["ninja", tag, sanitize]))
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / file_name
-    write_ninja_file(folder / "build.ninja", compiler, cpu_units(compiler), library)
+    write_ninja_file(folder / "build.ninja", compiler, find_cuda(), library)
 
     import ninja
 
@@ -164,7 +253,8 @@ class NinjaBuild(build_ext):
         try:
             shutil.copy2(compile_extension(library.name), library)
         except BuildError as error:
-            if os.environ.get("FUSED_ATTENTION_REQUIRE_EXT", "0") != "0":
+            asked = os.environ.get("FUSED_ATTENTION_REQUIRE_EXT", "0") != "0"
+            if asked or os.environ.get("FUSED_ATTENTION_CUDA") == "1":
                 raise SystemExit(f"fused-attention: {error}") from None
             say(f"installed without its compiled kernels, the reference backend serves: {error}")
             note.write_text(f"{error}\n")

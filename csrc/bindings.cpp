@@ -11,6 +11,10 @@
 
 #include "cpu/dispatch.h"
 #include "params.h"
+#ifdef FA_HAVE_CUDA
+  #include "cuda/launch.h"
+  #include "cuda/plan.h"
+#endif
 
 namespace py = pybind11;
 
@@ -67,18 +71,78 @@ static const Field kFields[] = {
     FIELD(dbias, tensor),
     FIELD(dsinks, tensor),
     FIELD(delta, tensor),
+    FIELD(seed_at, address),
+    FIELD(order, address),
+    FIELD(row_ends, address),
+    FIELD(key_ends, address),
+    FIELD(total_rows, int64),
+    FIELD(total_keys, int64),
+    FIELD(mask_shares, int64),
+    FIELD(bias_shares, int64),
 };
 #undef FIELD
 
+#ifdef FA_HAVE_CUDA
+  // Offsets into a structure that stands within another.
+  #define FIELD(name, kind) {#name, Kind::kind, offsetof(cuda::DecodeParams, name)}
+  #define CACHE_FIELD(name, kind) {#name, Kind::kind, offsetof(Params, cache) + offsetof(cuda::CacheParams, name)}
+template <class Params>
+struct CacheFields {
+  static constexpr Field list[] = {
+      CACHE_FIELD(k, tensor),        CACHE_FIELD(v, tensor),          CACHE_FIELD(k_scale, tensor),
+      CACHE_FIELD(v_scale, tensor),  CACHE_FIELD(table, address),     CACHE_FIELD(table_step, int64),
+      CACHE_FIELD(pages, int64),     CACHE_FIELD(page_size, int64),   CACHE_FIELD(capacity, int64),
+      CACHE_FIELD(lengths, address), CACHE_FIELD(long_lengths, flag),
+  };
+};
+static const Field kDecodeFields[] = {
+    FIELD(B, int64),        FIELD(H, int64),           FIELD(HK, int64),     FIELD(M, int64),      FIELD(D, int64),
+    FIELD(DV, int64),       FIELD(q, tensor),          FIELD(alibi, tensor), FIELD(sinks, tensor), FIELD(scale, real),
+    FIELD(softcap, real),   FIELD(window_left, int64), FIELD(splits, int64), FIELD(out, tensor),   FIELD(lse, tensor),
+    FIELD(partial, tensor), FIELD(stats, tensor),
+};
+  #undef FIELD
+  #define FIELD(name, kind) {#name, Kind::kind, offsetof(cuda::AppendParams, name)}
+static const Field kAppendFields[] = {
+    FIELD(B, int64),         FIELD(H, int64),          FIELD(HK, int64),         FIELD(M, int64),
+    FIELD(D, int64),         FIELD(DV, int64),         FIELD(query, tensor),     FIELD(turned, tensor),
+    FIELD(key, tensor),      FIELD(value, tensor),     FIELD(cos, tensor),       FIELD(sin, tensor),
+    FIELD(positions, int64), FIELD(rotary_dim, int64), FIELD(interleaved, flag),
+};
+  #undef FIELD
+  #undef CACHE_FIELD
+#endif
+
 // name -> Field*, as a Python dict of capsule-free integers: one hash lookup per argument.
-static PyObject* field_table() {
-  static PyObject* const table = [] {
-    PyObject* d = PyDict_New();
-    for (const Field& f : kFields) PyDict_SetItemString(d, f.name, PyLong_FromVoidPtr(const_cast<Field*>(&f)));
-    return d;
-  }();
+template <size_t... COUNT>
+static PyObject* make_table(const Field (&... fields)[COUNT]) {
+  PyObject* d = PyDict_New();
+  const auto add = [d](const auto& list) {
+    for (const Field& f : list) PyDict_SetItemString(d, f.name, PyLong_FromVoidPtr(const_cast<Field*>(&f)));
+  };
+  (add(fields), ...);
+  return d;
+}
+template <class Params>
+static PyObject* field_table();
+template <>
+PyObject* field_table<AttentionParams>() {
+  static PyObject* const table = make_table(kFields);
   return table;
 }
+
+#ifdef FA_HAVE_CUDA
+template <>
+PyObject* field_table<cuda::DecodeParams>() {
+  static PyObject* const table = make_table(kDecodeFields, CacheFields<cuda::DecodeParams>::list);
+  return table;
+}
+template <>
+PyObject* field_table<cuda::AppendParams>() {
+  static PyObject* const table = make_table(kAppendFields, CacheFields<cuda::AppendParams>::list);
+  return table;
+}
+#endif
 
 [[noreturn]] static void bad_value(const Field& f, const char* expected) {
   throw py::type_error("argument '" + std::string(f.name) + "': expected " + expected);
@@ -103,21 +167,21 @@ static uint64_t unsigned_integer(const Field& f, PyObject* value) {  // modulo 2
 }
 
 static Tensor tensor(const Field& f, PyObject* value) {
-  const char* expected = "(address, dtype code 0..4, up to 4 strides)";
+  const char* expected = "(address, dtype code 0..6, up to 4 strides)";
   if (!PyTuple_Check(value)) bad_value(f, expected);
   const Py_ssize_t size = PyTuple_GET_SIZE(value);
   if (size < 2 || size > 6) bad_value(f, expected);
   Tensor t;
   t.data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned_integer(f, PyTuple_GET_ITEM(value, 0))));
   const int64_t code = integer(f, PyTuple_GET_ITEM(value, 1));
-  if (code < 0 || code > static_cast<int64_t>(DType::boolean)) bad_value(f, expected);
+  if (code < 0 || code > static_cast<int64_t>(DType::e4m3)) bad_value(f, expected);
   t.dtype = static_cast<DType>(code);
   for (Py_ssize_t i = 2; i < size; ++i) t.stride[i - 2] = integer(f, PyTuple_GET_ITEM(value, i));
   return t;
 }
 
-static void set_field(AttentionParams& p, const Field& f, PyObject* value) {
-  void* at = reinterpret_cast<char*>(&p) + f.offset;
+static void set_field(void* params, const Field& f, PyObject* value) {
+  void* at = static_cast<char*>(params) + f.offset;
   switch (f.kind) {
     case Kind::int64:
       *static_cast<int64_t*>(at) = integer(f, value);
@@ -156,24 +220,25 @@ static void set_field(AttentionParams& p, const Field& f, PyObject* value) {
   }
 }
 
-static AttentionParams parse(const py::dict& args) {
-  AttentionParams p;
+template <class Params>
+static Params parse(const py::dict& args) {
+  Params p;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(args.ptr(), &position, &key, &value)) {
-    PyObject* found = PyDict_GetItemWithError(field_table(), key);
+    PyObject* found = PyDict_GetItemWithError(field_table<Params>(), key);
     if (!found) {
       PyErr_Clear();
       throw py::type_error("unknown argument " + std::string(py::repr(key)));
     }
-    set_field(p, *static_cast<const Field*>(PyLong_AsVoidPtr(found)), value);
+    set_field(&p, *static_cast<const Field*>(PyLong_AsVoidPtr(found)), value);
   }
   return p;
 }
 
 template <bool (*Kernels::*FUNCTION)(const AttentionParams&)>
 static void call(const py::dict& args) {
-  const AttentionParams p = parse(args);
+  const AttentionParams p = parse<AttentionParams>(args);
   const Kernels& k = kernels();
   bool ok;
   {
@@ -182,6 +247,46 @@ static void call(const py::dict& args) {
   }
   if (!ok) throw std::bad_alloc();
 }
+
+#ifdef FA_HAVE_CUDA
+// What would be launched: [(kernel, blocks, threads, bytes of shared memory, the kernel's argument), ...].
+template <class Params, std::vector<cuda::Launch> (*PLAN)(const Params&)>
+static py::list cuda_plan(const py::dict& args) {
+  py::list found;
+  for (const cuda::Launch& l : PLAN(parse<Params>(args))) {
+    const py::bytes params(reinterpret_cast<const char*>(l.params.data()), l.params.size());
+    found.append(py::make_tuple(l.kernel, l.grid, l.threads, l.shared_bytes, params));
+  }
+  return found;
+}
+
+template <class Params, std::vector<cuda::Launch> (*PLAN)(const Params&)>
+static void cuda_call(const py::dict& args, uintptr_t stream) {
+  const Params p = parse<Params>(args);
+  std::string error = cuda::refusal(p);
+  if (error.empty()) {
+    py::gil_scoped_release nogil;
+    error = cuda::run(PLAN(p), reinterpret_cast<void*>(stream));
+  }
+  if (!error.empty()) throw std::runtime_error("CUDA kernels: " + error);
+}
+
+template <class Params, std::vector<cuda::Launch> (*PLAN)(const Params&)>
+static void define_cuda(py::module_& m, const std::string& name) {
+  m.def(("cuda_" + name).c_str(), &cuda_call<Params, PLAN>, py::arg("args"), py::arg("stream"));
+  m.def(("cuda_plan_" + name).c_str(), &cuda_plan<Params, PLAN>, py::arg("args"));
+}
+
+static py::tuple cuda_blocks(const py::dict& args) {
+  const cuda::Blocks b = cuda::block_sizes(parse<AttentionParams>(args));
+  return py::make_tuple(b.forward_rows, b.forward_group, b.backward_rows, b.backward_keys);
+}
+
+static py::tuple cuda_shares(const py::dict& args) {
+  const cuda::Shares shares = cuda::additive_shares(parse<AttentionParams>(args));
+  return py::make_tuple(shares.mask, shares.bias);
+}
+#endif
 
 static py::dict info() {
   py::dict d;
@@ -195,6 +300,10 @@ static py::dict info() {
   d["compiler"] = "gcc " __VERSION__;
 #endif
   d["openmp"] = _OPENMP;
+#ifdef FA_HAVE_CUDA
+  d["cuda_archs"] = cuda::built_architectures();
+  d["cuda_compiler"] = cuda::built_by();
+#endif
   return d;
 }
 
@@ -207,5 +316,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_forward", &call<&Kernels::forward>, py::arg("args"));
   m.def("attention_backward", &call<&Kernels::backward>, py::arg("args"));
   m.def("attention_weights", &call<&Kernels::weights>, py::arg("args"));
+#ifdef FA_HAVE_CUDA
+  define_cuda<AttentionParams, cuda::plan_forward>(m, "forward");
+  define_cuda<AttentionParams, cuda::plan_backward>(m, "backward");
+  define_cuda<cuda::DecodeParams, cuda::plan_decode>(m, "decode");
+  define_cuda<cuda::AppendParams, cuda::plan_append>(m, "append");
+  m.def("cuda_shares", &cuda_shares, "in how many shares the gradients of (mask, bias) are summed", py::arg("args"));
+  m.def("cuda_blocks", &cuda_blocks,
+        "what packed sequences are counted in: (forward rows, heads taken together there, backward rows, keys)",
+        py::arg("args"));
+#endif
   m.def("info", &info, "isa: the instruction set in use; isas: those to choose from, the best last; compiler; openmp");
 }

@@ -4,8 +4,8 @@
 
 namespace fused_attention {
 
-// Codes shared with backends/cpu.py (DTYPE_CODES).
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, boolean = 4 };
+// Codes shared with backends/params.py (DTYPE_CODES). The last two are those of quantised caches.
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, boolean = 4, i8 = 5, e4m3 = 6 };
 
 // Causal alignment when M != N. The diagonal of row i is the key i + diagonal, where diagonal is 0 for
 // `none` and `top_left`, and N - M for `bottom_right` (N the length of this batch element's keys).
@@ -69,6 +69,14 @@ struct AttentionParams {
   Tensor dbias;   // [B, H, M, N]  likewise
   Tensor dsinks;  // [H]           dtype of lse
   Tensor delta;   // [B, H, M]     dtype of lse: workspace, rowsum(dout * out); may be absent
+
+  // On a GPU: what lies in its memory, so that nothing waits for it.
+  const int64_t* seed_at = nullptr;          // [1]  the Philox key, in place of `seed`
+  const int64_t* order = nullptr;            // [B]  packed: sequences by falling work
+  const int64_t* row_ends = nullptr;         // [B]  packed: blocks of rows of order[0] .. order[i] together
+  const int64_t* key_ends = nullptr;         // [B]  packed: blocks of keys, likewise
+  int64_t total_rows = 0, total_keys = 0;    // packed: rows of q and of k over all sequences
+  int64_t mask_shares = 0, bias_shares = 0;  // dmask, dbias are [shares, ...], dense: parts that are added afterwards
 };
 
 }  // namespace fused_attention

@@ -1,0 +1,151 @@
+"""The CUDA kernels as nvcc makes them for sm_80, in the PTX emulator, in place of a GPU.
+
+The launches are those of the extension: kernel, grid, shared memory and argument come from the plan that a GPU would be
+given (csrc/cuda/plan.h).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attention.backends import cuda, params
+from fused_attention.backends.params import Call
+
+from . import ptx_emulator as emu
+from .ptx_emulator.module import cache_folder
+
+SOURCES = Path(__file__).parent.parent / "csrc"
+BUILT = bool(cuda.architectures())
+
+needs_kernels = pytest.mark.skipif(not BUILT, reason="the extension is built without CUDA kernels")
+
+# The source of a kernel by how its name begins.
+SOURCE = {
+    "forward_": "forward_sm80",
+    "key_": "key_gradient_sm80",
+    "value_": "key_gradient_sm80",
+    "query_": "query_gradient_sm80",
+    "additive_": "query_gradient_sm80",
+    "row_": "query_gradient_sm80",
+    "sink_": "query_gradient_sm80",
+    "decode_": "decode_sm80",
+}
+
+
+def nvcc() -> list[str] | None:
+    """The CUDA compiler, as setup.py finds it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for candidate in (os.environ.get("CUDACXX"), "nvcc", home and str(Path(home, "bin", "nvcc"))):
+        if candidate and shutil.which(candidate):
+            return [candidate]
+    return None
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+
+
+@functools.cache
+def _sources_hash() -> str:
+    files = [SOURCES / "params.h", *sorted((SOURCES / "cuda").iterdir())]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
+def ptx(source: str, *defines: str) -> str:
+    """The PTX of a source for sm_80; kept on disk."""
+    compiler = nvcc()
+    assert compiler is not None
+    folder = cache_folder()
+    target = folder / f"{source}-{'-'.join(defines)}-{_sources_hash()}.ptx"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch, "code.ptx")
+            flags = ["-std=c++17", "-O3", "-arch=sm_80", "-ptx", *(f"-D{d}" for d in defines)]
+            command = [*compiler, *flags, "-o", str(made), str(SOURCES / "cuda" / f"{source}.cu")]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, target)
+    return target.read_text()
+
+
+def only(text: str, kernel: str) -> str:
+    """A module with one of its kernels: what is not called need not be translated."""
+    head, *entries = re.split(r"(?=^\s*// \.globl|^\.visible \.entry)", text, flags=re.MULTILINE)
+    declarations = [e for e in entries if ".entry" not in e]
+    (mine,) = (e for e in entries if re.search(rf"\.entry {kernel}\(", e))
+    return head + "".join(declarations) + mine
+
+
+@functools.cache
+def module(kernel: str) -> emu.Module:
+    """The module that holds a kernel, translated and compiled."""
+    source = next(s for prefix, s in SOURCE.items() if kernel.startswith(prefix))
+    dim = re.search(r"_d(\d+)", kernel)
+    dtype = "f16" if "_f16" in kernel else "bf16"
+    text = ptx(source, f"FA_HEAD_DIM={dim[1] if dim else 64}", f"FA_DTYPE={dtype}")
+    return emu.load(only(text, kernel))
+
+
+def _bits(t: Tensor) -> Tensor:
+    """As integers, so that NaN equals itself."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t if t.dtype == torch.bool else t.view(kinds[t.element_size()])
+
+
+class Emulator:
+    """Takes the place of `cuda.run`: runs every launch of a call under each schedule in turn.
+
+    Results must not depend on the schedule: all memory is compared bit by bit.
+    """
+
+    def __init__(self, seeds: Iterable[int] = (0,)) -> None:
+        self.seeds = list(seeds)
+        self.reports: list[tuple[str, emu.Report]] = []
+
+    def __call__(self, kind: str, call: Call, where: Tensor) -> None:
+        assert params._C is not None
+        for kernel, grid, threads, shared, argument in getattr(params._C, f"cuda_plan_{kind}")(call.args):
+            assert shared <= 99 * 1024, "more shared memory than sm_86 has"
+            first: list[Tensor] = []
+            for seed in self.seeds:
+                report = module(kernel).launch(
+                    kernel, grid, threads, [argument], shared=shared, seed=seed, memory=call.tensors
+                )
+                assert not report.races, f"{kernel}, seed {seed}:\n" + "\n".join(report.races)
+                self.reports.append((kernel, report))
+                now = [_bits(t) for t in call.tensors]
+                first = first or [t.clone() for t in now]
+                for t, before in zip(now, first, strict=True):
+                    assert torch.equal(t, before), f"{kernel}: seed {seed} gives other bits than seed {self.seeds[0]}"
+
+    def summary(self) -> str:
+        """One line per kernel: how often it ran, its bank conflicts."""
+        lines = []
+        for name in dict.fromkeys(n for n, _ in self.reports):
+            mine = [r.bank_conflicts for n, r in self.reports if n == name]
+            total, extra = sum(b.total for b in mine), sum(b.extra for b in mine)
+            share = 100 * extra / total if total else 0.0
+            lines.append(f"  {name}: {len(mine)} launches, no race, bank conflicts {share:.2f}% of wavefronts")
+        return "\n".join(lines)
+
+
+@contextmanager
+def emulated(monkeypatch: pytest.MonkeyPatch, seeds: Iterable[int] = (0,)) -> Iterator[Emulator]:
+    """Within: the backend `cuda` takes CPU tensors and runs in the emulator."""
+    emulator = Emulator(seeds)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "unavailable", lambda device: None)
+        patch.setattr(cuda, "run", emulator)
+        yield emulator

@@ -1,0 +1,84 @@
+"""The CUDA kernels on a GPU: the cases that the emulator runs, and what only a GPU can show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fused_attention import attention, decode, dispatch
+from fused_attention.backends import cuda, cuda_decode
+from fused_attention.spec import Device, Inputs, Options, make_spec
+
+from . import test_decode
+from .cases import CASES, LARGE, Case, check
+from .test_cuda_emulated import WIDE, _runs_here
+
+_gpu = torch.cuda.is_available()
+_reason = cuda.unavailable(Device.of(torch.empty(0, device="cuda"))) if _gpu else "no GPU"
+pytestmark = pytest.mark.skipif(_reason is not None, reason=f"the CUDA kernels do not run here: {_reason}")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def _listed(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", cuda)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*filter(None, map(_runs_here, [*CASES, *LARGE])), *WIDE], ids=str)
+def test_option(case: Case, dtype: str) -> None:
+    check(case, "cuda", DTYPES[dtype], device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [c for c in test_decode.CASES if max(c.sizes[4:]) <= 256], ids=str)
+def test_decoding(case: test_decode.Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The name of the backend for which `test_decode.run` moves tensors to the GPU.
+    serves = decode.Backend(cuda_decode.supports, cuda_decode.forward)
+    monkeypatch.setattr(decode, "BACKENDS", {"triton": serves})
+    codes = case.kv_dtype if case.kv_dtype in (torch.int8, torch.float8_e4m3fn) else None
+    test_decode.check(replace(case, dtype=DTYPES[dtype], kv_dtype=codes), "triton")
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 8, 700, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.randn(1, 8, 700, 700, device="cuda")
+    x = Inputs(q, k, v, bias=bias)
+    spec = make_spec(x._replace(**{n: getattr(x, n).requires_grad_() for n in ("query", "key", "value", "bias")}),
+                     Options(causal="top_left"))  # fmt: skip
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            out = cuda.forward(spec, x)
+            grads = cuda.backward(spec, x, out, (torch.ones_like(out.output), None, None))
+        return [out.output, out.lse, *grads.values()]
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_cuda_graph_holds_forward_and_backward() -> None:
+    q, k, v = (torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        with dispatch.use_backend("cuda"):
+            out = attention(q, k, v, causal="top_left")
+        return (out, *torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in (q, k, v):
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
