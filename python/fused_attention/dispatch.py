@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, reference, triton
-from .spec import ArgumentError, AttentionSpec, Device, Inputs, Outputs
+from .spec import ArgumentError, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -86,11 +87,19 @@ class Choice:
 def choose(names: Iterable[str], ask: Callable[[str], str | None], warning: str, stacklevel: int) -> Choice:
     """The first of `names`, in order of preference, that can run a call, or the one that `use_backend` asks for.
 
-    ask: a backend's reason why not, or None. warning: begins the `FallbackWarning` where "reference" is chosen.
+    ask: a backend's reason why not, or None. warning: begins the `FallbackWarning` where `auto` falls to "reference".
 
     Raises:
         BackendError: a backend was named with `strict=True` and does not support the call.
     """
+    choice = _first_able(names, ask)
+    if choice.backend == "reference" and len(choice.reasons) > 1:
+        why = "; ".join(f"{n}: {reason}" for n, reason in choice.reasons.items() if reason)
+        warnings.warn(f"fused_attention {warning} ({why})", FallbackWarning, stacklevel=stacklevel)
+    return choice
+
+
+def _first_able(names: Iterable[str], ask: Callable[[str], str | None]) -> Choice:
     name, strict = requested()
     reasons: dict[str, str | None] = {}
     if name != "auto":
@@ -106,9 +115,6 @@ def choose(names: Iterable[str], ask: Callable[[str], str | None], warning: str,
             break
     else:
         raise BackendError(f"no backend runs this call: {reasons}")
-    if candidate == "reference":
-        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason)
-        warnings.warn(f"fused_attention {warning} ({why})", FallbackWarning, stacklevel=stacklevel)
     return Choice(candidate, reasons)
 
 
@@ -119,6 +125,27 @@ def select(spec: AttentionSpec, device: Device) -> Choice:
         return BACKENDS[name].supports(spec, device)
 
     return choose(BACKENDS, ask, "runs the eager reference, which needs O(M N) memory", stacklevel=5)
+
+
+@functools.lru_cache(maxsize=4096)
+def select_plain(
+    sizes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    gradients: tuple[bool, ...],
+    options: Options,
+    request: tuple[str, bool],
+) -> tuple[AttentionSpec, str]:
+    """Spec and backend of an eager call of nothing but query, key and value, which agree in dtype and device.
+
+    Validating and choosing take longer than a small call's kernel: they are done once per kind of call. request: what
+    `requested()` says now. A call that the reference would run is for `select`, which warns.
+    """
+    parts = zip(sizes, gradients, strict=True)
+    x = Inputs(*(torch.empty(size, dtype=dtype, device="meta", requires_grad=need) for size, need in parts))
+    spec = make_spec(x, options)
+    where = Device.at(device)
+    return spec, _first_able(BACKENDS, lambda name: BACKENDS[name].supports(spec, where)).backend
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -73,11 +73,30 @@ def _is_traced(query: object) -> bool:
     )
 
 
+def _is_plain(x: Inputs) -> bool:
+    """Whether `select_plain` can speak for a call: query, key and value alike, nothing else, and no transform."""
+    q, k, v = x[:3]
+    if not (x.plain and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return False
+    if not q.layout == k.layout == v.layout == torch.strided:
+        return False
+    return torch.autograd.forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def _run(x: Inputs, o: Options) -> Outputs:
     if o.dropout_p and isinstance(x.query, Tensor):
         x = x._replace(seed=philox.draw_seed(x.query.device))
     if _is_traced(x.query):
         return autograd.run_op(x, o)
+    if _is_plain(x):
+        q, k, v = x[:3]
+        grad = torch.is_grad_enabled()
+        needs = (grad and q.requires_grad, grad and k.requires_grad, grad and v.requires_grad)
+        found = dispatch.select_plain((q.shape, k.shape, v.shape), q.dtype, q.device, needs, o, dispatch.requested())
+        if found[1] != "reference":
+            return autograd.run(*found, x)
     spec = make_spec(x, o)
     return autograd.run(spec, dispatch.select(spec, Device.of(x.query)).backend, x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,9 +20,10 @@ def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
     A query that is a strided view of a projection [M, B, 3, H, D] gives an output laid out as [M, B, H, value_dim],
     which the next projection reads without a copy.
     """
-    shape = (batch, query.shape[1], query.shape[2], value_dim)
+    sizes = query.shape
+    shape = (batch, sizes[1], sizes[2], value_dim)
     if query.is_contiguous():
-        return query.new_empty(shape)
+        return query.new_empty(shape) if shape != sizes else torch.empty_like(query)
     order, back = memory_order(query)
     return query.new_empty([shape[d] for d in order]).permute(back)
 

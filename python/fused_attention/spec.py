@@ -44,6 +44,12 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # [B + 1] int64
     seed: Tensor | None = None  # [1] int64, the Philox key of the dropout mask
 
+    @property
+    def plain(self) -> bool:
+        """Query, key and value alone."""
+        _, _, _, a, b, c, d, e, f, g, h = self
+        return a is b is c is d is e is f is g is h is None
+
 
 _NOTHING: frozenset[str] = frozenset()
 DIFFERENTIABLE = ("query", "key", "value", "mask", "bias", "alibi_slopes", "sinks")
@@ -129,9 +135,14 @@ class Device:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Device:
-        if tensor.device.type != "cuda":
-            return _CPU if tensor.is_cpu else cls(tensor.device.type)
-        properties = torch.cuda.get_device_properties(tensor.device)
+        return cls.at(tensor.device)
+
+    @classmethod
+    @functools.cache
+    def at(cls, device: torch.device) -> Device:
+        if device.type != "cuda":
+            return cls(device.type)
+        properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
             return cls("cuda", properties.gcnArchName.split(":")[0])
         return cls("cuda", f"sm_{properties.major}{properties.minor}")
@@ -145,9 +156,6 @@ class Device:
         if kind == "cuda":
             return cls.of(torch.empty(0, device=text))
         return cls(torch.device(text).type)
-
-
-_CPU = Device("cpu")
 
 
 # --- checks ---------------------------------------------------------------------------------------------------
@@ -183,9 +191,7 @@ def _qkv_agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
     (b, h, _, d), (kb, hk, n, kd), (vb, vh, vn, _) = q.shape, k.shape, v.shape
     if not (kb == b and vb == b and kd == d and vh == hk and vn == n and d > 0 and hk > 0 and h % hk == 0):
         return False
-    if not q.device == k.device == v.device:
-        return False
-    return q.layout == k.layout == v.layout == torch.strided
+    return q.device == k.device == v.device and q.layout == k.layout == v.layout == torch.strided
 
 
 def _check_qkv(x: Inputs) -> None:
@@ -387,8 +393,7 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     softcap = None if o.softcap is None else float(o.softcap)
     sizes = (batch, heads, kv_heads, rows, columns, head_dim, value_dim)
     options = (o.causal, window, softcap, float(o.dropout_p), o.batch_invariant, o.weights)
-    mask = None if x.mask is None else x.mask.dtype
-    bias = None if x.bias is None else x.bias.dtype
+    mask, bias = (None if t is None else t.dtype for t in (x.mask, x.bias))
     present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None)
     # Sizes may be symbols under torch.compile, which cannot be hashed.
     build = _spec if type(batch) is type(heads) is type(rows) is type(columns) is int else AttentionSpec

@@ -120,16 +120,24 @@ def readable(t: Tensor) -> Tensor:
     return copy
 
 
+_NO_OPTION = (None,) * (len(Inputs._fields) - 3)
+
+
 def problem(spec: AttentionSpec, x: Inputs) -> Problem:
     """What every kernel is told about one call."""
+    packed = spec.packed
+    q, k, v = view(readable(x.query), packed), view(readable(x.key), packed), view(readable(x.value), packed)
+    constants = _constants(spec, precision(spec.dtype))
+    if x.plain:
+        return Problem(q, k, v, *_NO_OPTION, *constants)
     slopes = None
     if x.alibi_slopes is not None:
         t = x.alibi_slopes.to(torch.float32)
         slopes = View(t, 0 if t.shape[0] == 1 else t.stride(0), t.stride(1), 0)
     return Problem(
-        view(readable(x.query), spec.packed),
-        view(readable(x.key), spec.packed),
-        view(readable(x.value), spec.packed),
+        q,
+        k,
+        v,
         broadcast_view(x.mask),
         broadcast_view(x.bias),
         slopes,
@@ -138,7 +146,7 @@ def problem(spec: AttentionSpec, x: Inputs) -> Problem:
         None if x.cu_seqlens_q is None else x.cu_seqlens_q.contiguous(),
         None if x.cu_seqlens_k is None else x.cu_seqlens_k.contiguous(),
         x.seed,
-        *_constants(spec, precision(spec.dtype)),
+        *constants,
     )
 
 
@@ -183,7 +191,7 @@ def describe(t: Tensor, block: int, width: int) -> TensorDescriptor | None:
     if found is None:
         return None
     descriptor = object.__new__(TensorDescriptor)  # its own checks take longer than everything else before a launch
-    vars(descriptor).update(found, base=t)
+    descriptor.__dict__ = {**found, "base": t}
     return descriptor
 
 
@@ -191,7 +199,7 @@ def forward_launches(spec: AttentionSpec, x: Inputs, arch: str | None) -> tuple[
     """The launches of a forward pass and the tensors that they fill."""
     query = x.query
     output = output_like(query, query.shape[0], spec.value_dim)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     weights = None
     if spec.weights is not None:
         heads = () if spec.weights == "mean" else (spec.heads,)

@@ -146,15 +146,14 @@ def _choice(kernel: str, arch: str | None, spec: AttentionSpec) -> Config:
     forced = _forced.get(None)
     if forced and kernel in forced:
         return forced[kernel]
-    if arch is None:
-        return INTERPRETER
-    return _found(kernel, arch, spec.dtype, padded(max(spec.head_dim, spec.value_dim)), heavy(spec))
+    return INTERPRETER if arch is None else _found(kernel, arch, spec)
 
 
-@functools.cache
-def _found(kernel: str, arch: str, dtype: torch.dtype, dim: int, is_heavy: bool) -> Config:
-    measured = tuned().get((arch, kernel, entry(dtype, dim, is_heavy)))
-    return measured or _static(kernel, arch, dtype, dim, is_heavy)
+@functools.lru_cache(maxsize=4096)
+def _found(kernel: str, arch: str, spec: AttentionSpec) -> Config:
+    dim = padded(max(spec.head_dim, spec.value_dim))
+    measured = tuned().get((arch, kernel, entry(spec.dtype, dim, heavy(spec))))
+    return measured or static(kernel, arch, spec)
 
 
 def static(kernel: str, arch: str, spec: AttentionSpec) -> Config:
