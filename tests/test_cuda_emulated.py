@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fused_attention import decode, dispatch, philox
+from fused_attention import philox
 from fused_attention.backends import cuda, cuda_decode, reference
 from fused_attention.spec import Inputs, Options, make_spec
 
@@ -29,12 +29,6 @@ Say = Callable[[str], None]
 @pytest.fixture(autouse=True)
 def _poisoned_memory(poison: None) -> None:
     """torch.empty holds NaN here, so that what a kernel does not write is seen."""
-
-
-@pytest.fixture(autouse=True)
-def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.BACKENDS, "cuda", cuda)  # type: ignore[arg-type]
-    monkeypatch.setattr(decode, "BACKENDS", {"cuda": decode.Backend(cuda_decode.supports, cuda_decode.forward)})
 
 
 def grouped(dtypes: str, *values: object, name: str = "") -> list[object]:

@@ -129,9 +129,11 @@ def on(device: str, value: Any) -> Any:
     return value
 
 
-def run(backend: str, cache: Cache, arguments: dict[str, Any]) -> tuple[AttentionResult, Cache]:
+def run(
+    backend: str, cache: Cache, arguments: dict[str, Any], device: str | None = None
+) -> tuple[AttentionResult, Cache]:
     """The result of a call and the cache after it, on the CPU; the cache given stays as it is."""
-    device = DEVICE if backend == "triton" else "cpu"
+    device = device or (DEVICE if backend == "triton" else "cpu")
     # copy.deepcopy would make strided tensors that are not dense contiguous
     cache = on(device, copy.deepcopy(cache))
     with use_backend(backend):
@@ -176,7 +178,7 @@ def check_appended(before: Cache, after: Cache, arguments: dict[str, Any]) -> No
         assert (got.view(torch.uint8) != want.view(torch.uint8)).float().mean() < 0.01
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, device: str | None = None) -> None:
     """One call by the rule; small problems are drawn several times and the maxima taken over all draws."""
     b, h, _, m, _, dv = case.sizes
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"output": [], "lse": []}
@@ -184,7 +186,7 @@ def check(case: Case, backend: str) -> None:
     for seed in range(draws):
         cache, arguments = make(case, seed)
         untouched = copy.deepcopy(arguments)
-        out, after = run(backend, cache, arguments)
+        out, after = run(backend, cache, arguments, device)
         check_appended(cache, after, arguments)
         for name, t in untouched.items():
             if isinstance(t, Tensor):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import cpu, reference_decode, triton
+from .backends import cpu, cuda_decode, reference_decode, triton
 from .cache import Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache, refuse, storable
 from .dispatch import choose
 from .functional import AttentionResult, any_autocast, autocast
@@ -227,6 +227,7 @@ class Backend(NamedTuple):
 # In order of preference; the reference refuses nothing.
 BACKENDS = {
     "cpu": Backend(_cpu_supports, _cpu),
+    "cuda": Backend(cuda_decode.supports, cuda_decode.forward),
     "triton": Backend(_triton_supports, _triton),
     "reference": Backend(lambda spec, device: None, reference_decode.forward),
 }

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .backends import cpu, reference, triton
+from .backends import cpu, cuda, reference, triton
 from .spec import ArgumentError, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -21,6 +21,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 class Backend(Protocol):
     """What a module in `backends/` offers."""
+
+    def unsupported(self, spec: AttentionSpec) -> str | None: ...  # on any device
 
     def supports(self, spec: AttentionSpec, device: Device) -> str | None: ...
 
@@ -34,6 +36,7 @@ class Backend(Protocol):
 # In order of preference; the reference is last and refuses nothing.
 BACKENDS: dict[str, Backend] = {
     "cpu": cast(Backend, cpu),
+    "cuda": cast(Backend, cuda),
     "triton": cast(Backend, triton),
     "reference": cast(Backend, reference),
 }

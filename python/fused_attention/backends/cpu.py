@@ -20,12 +20,15 @@ def info() -> dict[str, Any]:
     return _C.info() if _C is not None else {"error": f"the C++ extension is not built ({_import_error})"}
 
 
-def supports(spec: AttentionSpec, device: Device) -> str | None:
-    """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+def unavailable(device: Device) -> str | None:
+    """None if kernels for `device` are built, otherwise the reason why not."""
     if _C is None:
         return info()["error"] + "; install with a C++ compiler at hand"
-    if device.type != "cpu":
-        return f"runs on CPU tensors, not on {device.type}"
+    return None if device.type == "cpu" else f"runs on CPU tensors, not on {device.type}"
+
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    """None if the kernels can do what `spec` asks for, wherever they are built, otherwise the reason why not."""
     if spec.transform:
         return f"{spec.transform} needs operations that torch can trace"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
@@ -33,6 +36,11 @@ def supports(spec: AttentionSpec, device: Device) -> str | None:
     if "alibi_slopes" in spec.gradients:
         return "no gradient for alibi_slopes"
     return None
+
+
+def supports(spec: AttentionSpec, device: Device) -> str | None:
+    """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+    return unavailable(device) or unsupported(spec)
 
 
 def plan(spec: AttentionSpec, device: Device) -> str | None:

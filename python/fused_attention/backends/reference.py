@@ -20,8 +20,13 @@ from ..layout import memory_order
 from ..spec import AttentionSpec, Device, Inputs, Outputs
 
 
-def supports(spec: AttentionSpec, device: Device) -> str | None:
+def unsupported(spec: AttentionSpec) -> str | None:
     """The reference refuses nothing."""
+    return None
+
+
+def supports(spec: AttentionSpec, device: Device) -> str | None:
+    """On no device."""
     return None
 
 

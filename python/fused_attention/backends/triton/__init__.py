@@ -15,8 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _installed = importlib.util.find_spec("triton") is not None
 
 
-def supports(spec: AttentionSpec, device: Device) -> str | None:
-    """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+def unavailable(device: Device) -> str | None:
+    """None if Triton makes kernels for `device`, otherwise the reason why not."""
     if not _installed:
         return "Triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -25,6 +25,11 @@ def supports(spec: AttentionSpec, device: Device) -> str | None:
         return f"runs on CUDA and ROCm tensors, not on {device.type}"
     if device.arch is not None and device.arch.startswith("sm_") and int(device.arch[3:]) < 80:
         return f"needs sm_80 or newer, not {device.arch}"
+    return None
+
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    """None if the kernels can do what `spec` asks for, on whatever device, otherwise the reason why not."""
     if spec.transform:
         return f"{spec.transform} needs operations that torch can trace"
     if spec.dtype not in DTYPES:
@@ -34,6 +39,11 @@ def supports(spec: AttentionSpec, device: Device) -> str | None:
     if "alibi_slopes" in spec.gradients:
         return "no gradient for alibi_slopes"
     return None
+
+
+def supports(spec: AttentionSpec, device: Device) -> str | None:
+    """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+    return unavailable(device) or unsupported(spec)
 
 
 def plan(spec: AttentionSpec, device: Device) -> str | None:
