@@ -1,4 +1,4 @@
-"""What the Triton kernels need and execute on each chip, read from their machine code. No GPU is needed.
+"""What the Triton and CUDA kernels need and execute on each chip, read from their machine code. No GPU is needed.
 
     python -m benchmarks.gpu_static [--arch sm_90 ...] [--dims 64 128 ...] [--kernels forward ...] [--dtype bfloat16]
                                     [--json PATH] [--markdown] [--update-docs]
@@ -26,8 +26,10 @@ from typing import Any
 
 import triton
 
-from fused_attention.backends.triton.ahead import compile_ahead, cuobjdump, resources
+from fused_attention.backends import cuda
+from fused_attention.backends.triton.ahead import Resources, compile_ahead, cuobjdump, resources
 
+from . import cuda_kernels
 from .gpu_chips import CHIPS, blocks_per_unit, matrix_flops, pipe_cycles, rate_name
 from .gpu_kernels import ARCHS, DIMS, DTYPES, KERNELS, Job, jobs, launches
 from .sass import Loop, kinds, matrix_loop, read_amd, read_sass
@@ -58,34 +60,40 @@ def loop_products(ttir: str) -> list[list[tuple[int, int, int]]]:
     return found
 
 
-def _work(loop: Loop, warps: int, ttir: str) -> tuple[float, float, str]:
-    """Useful and executed operations of a block once round the loop, and the matrix rate that they run at."""
-    loops = [sum(2 * m * n * k for m, n, k in products) for products in loop_products(ttir)]
-    if not loops:
-        return 0.0, 0.0, "half"
-    executed, names = 0.0, Counter(("half",))
+def triton_work(ttir: str) -> list[int]:
+    """Operations of the matrix products of each loop, once round it."""
+    return [sum(2 * m * n * k for m, n, k in products) for products in loop_products(ttir)]
+
+
+def executed(loop: Loop, warps: int) -> tuple[float, str]:
+    """Operations that the matrix instructions of a block execute once round the loop, and the rate that they run at."""
+    total, names = 0.0, Counter(("half",))
     for op, n in (loop.each_warp + loop.one_warp).items():
         if flops := matrix_flops(op):
-            executed += flops * n * warps
+            total += flops * n * warps
             names[rate_name(op)] += n * flops
-    if not executed:  # tcgen05's mnemonic has no shape, and its products are whole tiles; float32 has no matrix unit
-        return float(max(loops)), float(max(loops)), "half"
-    return float(min(loops, key=lambda f: abs(f - executed))), executed, names.most_common(1)[0][0]
+    return total, names.most_common(1)[0][0]
 
 
-def roofline(loop: Loop, warps: int, ttir: str, arch: str) -> Row:
-    """Clocks of each unit once round the loop, and the bounds that follow."""
+def roofline(loop: Loop, warps: int, work: list[int], arch: str) -> Row:
+    """Clocks of each unit once round the loop, and the bounds that follow.
+
+    work: operations of the matrix products of each loop, where the source tells; empty: as many as are executed.
+    """
     chip = CHIPS[arch]
-    useful, executed, rate = _work(loop, warps, ttir)
+    done, rate = executed(loop, warps)
+    # tcgen05's mnemonic has no shape, and its products are whole tiles; float32 has no matrix unit
+    done = done or float(max(work, default=0))
+    useful = float(min(work, key=lambda flops: abs(flops - done), default=done))
     others = pipe_cycles(loop.each_warp, loop.one_warp, warps, arch)
     has_matrix = bool(kinds(loop.each_warp + loop.one_warp)["matrix"])
-    clocks = {"matrix unit": executed / chip.matrix[rate] if has_matrix else 0.0, **others}
+    clocks = {"matrix unit": done / chip.matrix[rate] if has_matrix else 0.0, **others}
     slowest = max(clocks, key=clocks.__getitem__)
     per_clock = chip.units * chip.mhz * 1e6 * useful
     return {
         "clocks": {name: round(c, 1) for name, c in clocks.items()},
         "operations": useful,
-        "repeated": executed / useful if useful else None,
+        "repeated": done / useful if useful else None,
         "limit": slowest,
         "bound_tflops": per_clock / clocks[slowest] / 1e12,
         "serial_tflops": per_clock / (clocks["matrix unit"] + max(others.values())) / 1e12,
@@ -100,35 +108,65 @@ def tile_bytes(job: Job, options: dict[str, Any]) -> int:
     return options["BLOCK_N"] * (2 * job.dim * stored + scales)
 
 
-def measure(job: Job) -> list[Row]:
-    """Compile a job's launches and read them: a row for each."""
+def _row(job: Job, r: Resources, name: str, tile: dict[str, int], loop: Loop | None, work: list[int]) -> Row:
+    """loop: what once round the inner loop executes, None where there is none to report."""
+    blocks, scarce = blocks_per_unit(r, job.arch)
+    row = {**job._asdict(), **r._asdict(), "job": job.kernel, "kernel": name, "tile": tile}
+    row |= {"blocks": blocks, "scarce": scarce, "loop": None, "roofline": None, "bytes": None}
+    if loop is not None:
+        total = kinds(loop.each_warp + loop.one_warp)
+        row["loop"] = {**total, "vector": total["fma"] + total["alu"] + total["special"]}
+        row["mnemonics"] = dict((loop.each_warp + loop.one_warp).most_common())
+        row["roofline"] = roofline(loop, r.threads // CHIPS[job.arch].wave, work, job.arch)
+    return row
+
+
+def _measure_triton(job: Job) -> list[Row]:
     rows = []
     todo = launches(job)
     for launch, compiled in zip(todo, compile_ahead(todo, job.arch), strict=True):
         r = resources(compiled, job.arch)
         if "ttg.warp_specialize" in compiled.asm["ttgir"]:
             raise NotImplementedError(f"{r.name} for {job.arch}: its loops run on several kinds of warps")
-        blocks, scarce = blocks_per_unit(r, job.arch)
         nvidia = job.arch.startswith("sm_")
         loop = matrix_loop(read_sass(cuobjdump(compiled, "-sass")) if nvidia else read_amd(compiled.asm["amdgcn"]))
+        work = triton_work(compiled.asm["ttir"])
         name = f"{r.name.removesuffix('_kernel').replace('_', ' ')} {job.kernel.partition(' ')[2]}".strip()
         tile = {k: v for k, v in launch.options.items() if k in ("BLOCK_M", "BLOCK_N")}
-        row = {**job._asdict(), **r._asdict(), "job": job.kernel, "kernel": name, "tile": tile}
-        row |= {"blocks": blocks, "scarce": scarce, "loop": None, "roofline": None, "bytes": None}
-        if loop is not None and loop_products(compiled.asm["ttir"]):
-            total = kinds(loop.each_warp + loop.one_warp)
-            row["loop"] = {**total, "vector": total["fma"] + total["alu"] + total["special"]}
-            row["mnemonics"] = dict((loop.each_warp + loop.one_warp).most_common())
-            row["roofline"] = roofline(loop, r.threads // CHIPS[job.arch].wave, compiled.asm["ttir"], job.arch)
-            if job.kernel.startswith("decode"):
-                row["bytes"] = tile_bytes(job, launch.options)
+        row = _row(job, r, name, tile, loop if work else None, work)
+        if row["loop"] and job.kernel.startswith("decode"):
+            row["bytes"] = tile_bytes(job, launch.options)
         rows.append(row)
     return rows
 
 
+def _measure_cuda(job: Job) -> list[Row]:
+    rows = []
+    for part, r, sass in cuda_kernels.compile_job(job):
+        loop = matrix_loop(read_sass(sass)) if part.products else None
+        tile: dict[str, int] = {}
+        if loop is not None:
+            scores = executed(loop, r.threads // 32)[0] / (2 * part.products * job.dim)
+            other = {"BLOCK_M": "BLOCK_N", "BLOCK_N": "BLOCK_M"}[part.side]
+            tile = {part.side: part.size, other: int(scores / part.size)}
+        codes = " ".join(job.kernel.split()[2:])
+        name = f"CUDA {part.kernel.partition('_sm')[0].partition('_bf16')[0].replace('_', ' ')} {codes}".strip()
+        row = _row(job, r, name, tile, loop, [])
+        if part.key_bytes:  # each warp has keys of its own
+            row["bytes"] = tile["BLOCK_N"] * r.threads // 32 * part.key_bytes
+            row["tile"] = {"BLOCK_M": 16, "BLOCK_N": tile["BLOCK_N"] * r.threads // 32}
+        rows.append(row)
+    return rows
+
+
+def measure(job: Job) -> list[Row]:
+    """Compile a job's launches and read them: a row for each."""
+    return _measure_cuda(job) if job.kernel in cuda_kernels.KERNELS else _measure_triton(job)
+
+
 def whole_backward(rows: list[Row]) -> Row | None:
     """The bound of dQ, dK and dV together, for the five products that the gradients take, from the rows of one job."""
-    parts = [row for row in rows if row["job"] == "backward" and row["roofline"]]
+    parts = [row for row in rows if row["job"].endswith("backward") and row["roofline"]]
     if not parts:
         return None
     chip, dim = CHIPS[parts[0]["arch"]], parts[0]["dim"]
@@ -139,7 +177,11 @@ def whole_backward(rows: list[Row]) -> Row | None:
             clocks[name] += row["roofline"]["operations"] / scores / row["roofline"][name]
     bounds = {name: 10 * dim / c for name, c in clocks.items()}
     line = {**bounds, "clocks": {}, "limit": "", "of_peak": bounds["bound_tflops"] * 1e12 / chip.peak}
-    return {**parts[0], "kernel": "dQ, dK and dV together", "roofline": line}
+    return {
+        **parts[0],
+        "kernel": f"{'CUDA ' * (parts[0]['job'] in cuda_kernels.KERNELS)}dQ, dK and dV together",
+        "roofline": line,
+    }
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -160,7 +202,7 @@ def resource_table(rows: list[Row]) -> list[str]:
         "matrix", "exp2", "other vector", "memory", "other",
     )  # fmt: skip
     for row in rows:
-        if row["loop"] is None and not (row["dim"] == 128 and row["job"] in ("backward", "decode")):
+        if row["loop"] is None and not (row["dim"] == 128 and row["job"].endswith(("backward", "decode"))):
             continue  # kernels without products hardly differ: one row for each chip
         tile = " x ".join(str(row["tile"][k]) for k in ("BLOCK_M", "BLOCK_N") if k in row["tile"])
         loop = row["loop"] or {}
@@ -279,18 +321,32 @@ def update_docs(text: str, path: Path = DOCS) -> None:
     path.write_text(f"{before}{OPEN}\n{text}\n{CLOSE}{after}")
 
 
+def cuda_jobs(kernels: list[str] | None, archs: list[str], dims: list[int], dtype: str) -> list[Job]:
+    """Those of the CUDA kernels; says so where they are left out although nobody chose others."""
+    if kernels is None and (dtype not in cuda_kernels.SHORT or not cuda_kernels.nvcc() or not cuda.architectures()):
+        print(
+            "the CUDA kernels are left out: they need a 16-bit dtype, nvcc and an extension built with it",
+            file=sys.stderr,
+        )
+        return []
+    wanted = [k for k in kernels or cuda_kernels.KERNELS if k in cuda_kernels.KERNELS]
+    archs = [a for a in cuda_kernels.ARCHS if a in archs]
+    return list(jobs(wanted, archs, [d for d in cuda_kernels.DIMS if d in dims], dtype))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head dims")
-    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", choices=[*KERNELS, *cuda_kernels.KERNELS])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     parser.add_argument("--markdown", action="store_true", help="print what --update-docs writes")
     parser.add_argument("--update-docs", action="store_true", help=f"rewrite the region {OPEN} of docs/performance.md")
     args = parser.parse_args(argv)
-    todo = list(jobs(args.kernels, args.arch, args.dims, args.dtype))
+    todo = list(jobs([k for k in args.kernels or KERNELS if k in KERNELS], args.arch, args.dims, args.dtype))
+    todo += cuda_jobs(args.kernels, args.arch, args.dims, args.dtype)
     rows: list[Row] = []
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         for job, found in zip(todo, pool.map(measure, todo), strict=True):

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,45 +20,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.nvcc import SOURCES, nvcc, source_of
 from fused_attention.backends import cuda, params
 from fused_attention.backends.params import Call
 
 from . import ptx_emulator as emu
 from .ptx_emulator.module import cache_folder
 
-SOURCES = Path(__file__).parent.parent / "csrc"
 BUILT = bool(cuda.architectures())
 
 needs_kernels = pytest.mark.skipif(not BUILT, reason="the extension is built without CUDA kernels")
-
-# The source of a kernel by how its name begins.
-SOURCE = {
-    "forward_": "forward_sm80",
-    "key_": "key_gradient_sm80",
-    "value_": "key_gradient_sm80",
-    "query_": "query_gradient_sm80",
-    "additive_": "query_gradient_sm80",
-    "row_": "query_gradient_sm80",
-    "sink_": "query_gradient_sm80",
-    "decode_": "decode_sm80",
-}
-
-
-def nvcc() -> list[str] | None:
-    """The CUDA compiler, as setup.py finds it."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for candidate in (os.environ.get("CUDACXX"), "nvcc", home and str(Path(home, "bin", "nvcc"))):
-        if candidate and shutil.which(candidate):
-            return [candidate]
-    return None
-
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 
 
 @functools.cache
 def _sources_hash() -> str:
-    files = [SOURCES / "params.h", *sorted((SOURCES / "cuda").iterdir())]
+    files = [SOURCES.parent / "params.h", *sorted(SOURCES.iterdir())]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
@@ -74,7 +51,7 @@ def ptx(source: str, *defines: str) -> str:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "code.ptx")
             flags = ["-std=c++17", "-O3", "-arch=sm_80", "-ptx", *(f"-D{d}" for d in defines)]
-            command = [*compiler, *flags, "-o", str(made), str(SOURCES / "cuda" / f"{source}.cu")]
+            command = [*compiler, *flags, "-o", str(made), str(SOURCES / f"{source}.cu")]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, target)
     return target.read_text()
@@ -91,7 +68,7 @@ def only(text: str, kernel: str) -> str:
 @functools.cache
 def module(kernel: str) -> emu.Module:
     """The module that holds a kernel, translated and compiled."""
-    source = next(s for prefix, s in SOURCE.items() if kernel.startswith(prefix))
+    source = source_of(kernel)
     dim = re.search(r"_d(\d+)", kernel)
     dtype = "f16" if "_f16" in kernel else "bf16"
     text = ptx(source, f"FA_HEAD_DIM={dim[1] if dim else 64}", f"FA_DTYPE={dtype}")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from .cuda_support import SOURCES, needs_nvcc, nvcc
+from benchmarks.nvcc import SOURCES, nvcc
+
+from .cuda_support import needs_nvcc
 from .test_packaging import copy_tree, pip_install, run
 
 pytestmark = pytest.mark.slow
@@ -44,7 +46,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     @functools.cache
     def intermediate(name: str) -> Path:
         made = folder / f"{name}.ptx"
-        source = SOURCES / "cuda" / f"{name}.cu"
+        source = SOURCES / f"{name}.cu"
         flags = ["-std=c++17", "-O3", "-arch=sm_80", "-Werror", "all-warnings", "-ptx"]
         subprocess.run([*(nvcc() or []), *flags, "-o", str(made), str(source)], check=True)
         return made

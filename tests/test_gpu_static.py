@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from .cuda_support import needs_kernels, needs_nvcc
 from .triton_support import INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -36,6 +37,7 @@ SASS = """
         /*0070*/              @!P0 BRA 0x120 ;
         /*0080*/                   MUFU.EX2 R8, R8 ;
         /*0090*/               @P2 BRA 0xc0 ;
+        /*0098*/                   BRA.DIV ~URZ, 0x140 ;
         /*00a0*/                   FMUL R9, R9, R9 ;
         /*00b0*/                   FMUL R9, R9, R9 ;
         /*00c0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR4], R5 ;
@@ -166,7 +168,7 @@ def test_the_bound_of_a_loop_by_hand() -> None:
 """
     assert gpu_static.loop_products(ttir) == [[(128, 64, 64), (128, 64, 64)]]
     loop = sass.Loop(Counter({"HGMMA.64x64x16.F32.BF16": 8, "MUFU.EX2": 32}), Counter())
-    found = gpu_static.roofline(loop, 8, ttir, "sm_90")
+    found = gpu_static.roofline(loop, 8, gpu_static.triton_work(ttir), "sm_90")
     assert found["clocks"]["matrix unit"] == found["clocks"]["exp2 and other functions"] == 512
     assert found["repeated"] == 1 and found["of_peak"] == pytest.approx(1)
     assert found["serial_tflops"] == pytest.approx(found["bound_tflops"] / 2)
@@ -206,3 +208,16 @@ def test_a_spill_is_seen() -> None:
     (compiled,) = ahead.compile_ahead(starved, job.arch)
     found = ahead.resources(compiled, job.arch)
     assert found.registers <= 64 and found.spilled_bytes > 0
+
+
+@compiles
+@needs_nvcc
+@needs_kernels
+def test_one_cuda_kernel_throughout() -> None:
+    """Per thread the inner loop has the products and the exponentials of its tile of scores, and nothing spills."""
+    (row,) = gpu_static.measure(Job("cuda forward", "sm_80", "bfloat16", 64))
+    m, n = row["tile"]["BLOCK_M"], row["tile"]["BLOCK_N"]
+    assert row["kernel"] == "CUDA forward" and row["spilled_bytes"] == 0
+    assert row["loop"]["matrix"] == 2 * m * n * 64 // (16 * 8 * 16) // (row["threads"] // 32)
+    assert m * n // row["threads"] <= row["loop"]["exp2"] <= 1.25 * m * n // row["threads"]
+    assert "CUDA forward | A100" in gpu_static.document([row])
