@@ -166,9 +166,9 @@ def _static(kernel: str, arch: str, dtype: torch.dtype, dim: int, is_heavy: bool
     if dtype == torch.float32:
         own = _FLOAT_SM_100.get(kernel) if family(arch) == "sm_100" else None
         return (own or _FLOAT[kernel])[column]
-    if kernel in _SQUARE:
-        return _SQUARE[kernel][column]
     chip = family(arch)
+    if kernel in _SQUARE:
+        return (_SQUARE_GFX942 if chip == "gfx942" else _SQUARE)[kernel][column]
     if chip == "sm_86":  # 99 KiB of shared memory: what is heavy on sm_80 fits
         chip, is_heavy = "sm_80", True
     return _HALF[kernel, chip, "heavy" if is_heavy else "light"][column]
@@ -334,9 +334,10 @@ _HALF = {
         Config(64, 64, 4, 1),
         Config(64, 16, 4, 1),
     ),
+    # 64 keys at a time would move 8% of the inner loop's instructions between scalar and vector registers.
     ("forward", "gfx942", "heavy"): (
-        Config(64, 64, 4, 1),
-        Config(64, 64, 4, 1),
+        Config(128, 32, 4, 1),
+        Config(64, 32, 4, 1),
         Config(32, 32, 4, 1),
         Config(32, 16, 4, 1),
     ),
@@ -386,4 +387,7 @@ _FLOAT_SM_100 = {
 _SQUARE = {
     "weights": (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     "additive_gradient": (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+}
+_SQUARE_GFX942 = _SQUARE | {
+    "additive_gradient": (Config(16, 64, 4, 1), Config(16, 64, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
 }
