@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,11 @@ class Call:
 
 def describe(spec: AttentionSpec) -> dict[str, Any]:
     """The arguments that follow from the spec."""
+    return dict(_described(spec))
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(spec: AttentionSpec) -> dict[str, Any]:
     args: dict[str, Any] = {
         "B": spec.batch,
         "H": spec.heads,
@@ -104,6 +110,8 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
     call = Call(describe(spec))
     for name, t in (("q", x.query), ("k", x.key), ("v", x.value)):
         call.put(name, rows_contiguous(t), spec.packed)
+    if x.plain:
+        return call
     if x.mask is not None:
         call.put_broadcast("mask", x.mask)
     if x.bias is not None:
@@ -122,7 +130,7 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
 def put_outputs(call: Call, spec: AttentionSpec, x: Inputs) -> Outputs:
     """New tensors for the output and lse."""
     output = output_like(x.query, x.query.shape[0], spec.value_dim)
-    lse = x.query.new_empty(x.query.shape[:3], dtype=spec.lse_dtype)
+    lse = torch.empty(x.query.shape[:3], dtype=spec.lse_dtype, device=x.query.device)
     call.put("out", output, spec.packed)
     call.put("lse", lse, spec.packed)
     return Outputs(output, lse, None)
