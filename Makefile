@@ -57,7 +57,7 @@ build: $(VENV)/.tools ## compile the kernels and install the package in place
 	$(PY) -m fused_attention info
 
 bench: $(VENV)/.built ## time per call beside torch's, as ratios
-	$(PY) -m benchmarks.ratio $(BENCH_ARGS)
+	$(PY) -m fused_attention bench $(BENCH_ARGS)
 
 sanitize: $(VENV)/.built ## the fast tests on kernels built with the address and undefined-behavior sanitizers
 	rm -rf $(SANITIZE_DIR)

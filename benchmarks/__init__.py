@@ -1,1 +1,1 @@
-"""Speed beside PyTorch's: `python -m benchmarks.ratio`, or `pytest benchmarks` for pytest-benchmark's statistics."""
+"""What GPUs would do (`python -m benchmarks.gpu_static`), and pytest-benchmark's statistics (`pytest benchmarks`)."""

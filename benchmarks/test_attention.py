@@ -1,20 +1,21 @@
-"""scaled_dot_product_attention and PyTorch's, a group per shape: `pytest benchmarks/test_attention.py`."""
+"""Attention and its peers, a group per shape: `pytest benchmarks/test_attention.py`."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .contest import attention_contest
-from .shapes import ATTENTION, AttentionShape
+from fused_attention.bench.contest import attention_contest
+from fused_attention.bench.shapes import SUITES, AttentionShape
 
-CASES = [(shape, backward) for shape in ATTENTION for backward in (False, True)[: 1 + shape.backward]]
+SHAPES = [shape for shape in SUITES["models"] if isinstance(shape, AttentionShape)]
 
 
 @pytest.mark.parametrize("who", ["ours", "torch"])
-@pytest.mark.parametrize(("shape", "backward"), CASES, ids=str)
-def test_attention(benchmark: BenchmarkFixture, shape: AttentionShape, backward: bool, who: str) -> None:
-    contest = attention_contest(shape, backward)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(benchmark: BenchmarkFixture, shape: AttentionShape, who: str) -> None:
+    contest = attention_contest(shape, ["torch"], torch.device("cpu"))
     contest.check()
-    benchmark.group = contest.name
-    benchmark(getattr(contest, who))
+    benchmark.group = shape.name
+    benchmark(contest.runs[who])

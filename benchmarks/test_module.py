@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .contest import module_contest
-from .shapes import MODULE, ModuleShape
+from fused_attention.bench.contest import module_contest
+from fused_attention.bench.shapes import SUITES, ModuleShape
 
-CASES = [(shape, mode) for shape in MODULE for mode in ("inference", "training")[: 1 + shape.backward]]
+SHAPES = [shape for shape in SUITES["models"] if isinstance(shape, ModuleShape)]
 
 
 @pytest.mark.parametrize("who", ["ours", "torch"])
-@pytest.mark.parametrize(("shape", "mode"), CASES, ids=str)
-def test_module(benchmark: BenchmarkFixture, shape: ModuleShape, mode: str, who: str) -> None:
-    contest = module_contest(shape, backward=mode == "training")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_module(benchmark: BenchmarkFixture, shape: ModuleShape, who: str) -> None:
+    contest = module_contest(shape, ["torch"], torch.device("cpu"))
     contest.check()
-    benchmark.group = contest.name
-    benchmark(getattr(contest, who))
+    benchmark.group = shape.name
+    benchmark(contest.runs[who])

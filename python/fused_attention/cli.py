@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, dispatch
+from . import __version__, bench, dispatch
 from .backends import cpu
 from .backends.triton import tune
 from .spec import DIFFERENTIABLE, AttentionSpec, Device
@@ -165,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_argument("--features", action="store_true", help="what each backend supports, as a Markdown table")
     _add_explain(commands)
     tune.add_arguments(commands.add_parser("tune", help="time tile configs of the Triton kernels on the GPU at hand"))
+    bench.add_arguments(commands.add_parser("bench", help="time ours beside its peers"))
     args = parser.parse_args(argv)
+    if args.command == "bench":
+        return bench.run(args)
     if args.command == "tune":
         return tune.run(args)
     if args.command == "info" and args.features:

@@ -1,0 +1,118 @@
+"""`python -m fused_attention bench`: what is timed is the same computation everywhere, and what is written says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="rich is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from fused_attention import cli  # noqa: E402
+from fused_attention.bench import contest, peers, shapes, timing  # noqa: E402
+from fused_attention.bench.shapes import AttentionShape, ModuleShape  # noqa: E402
+
+pytestmark = pytest.mark.fast
+
+CPU = torch.device("cpu")
+SMALL = AttentionShape("small", "g", 2, 4, 2, 33, 40, 16)
+KINDS = [
+    replace(SMALL, name="full"),
+    replace(SMALL, name="causal", rows=40, causal=True),
+    replace(SMALL, name="window", rows=40, window=7),
+    replace(SMALL, name="bool", mask="bool"),
+    replace(SMALL, name="float", mask="float"),
+    replace(SMALL, name="padding", mask="padding"),
+    replace(SMALL, name="decode", rows=1),
+]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "fwd+bwd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+def test_ours_and_torch_compute_the_same(shape: AttentionShape, dtype: torch.dtype, backward: bool) -> None:
+    made = contest.make_contest(replace(shape, dtype=dtype, backward=backward), ["torch"], CPU)
+    assert list(made.runs) == ["ours", "torch"] and not made.refused
+    made.check()
+    for run in made.runs.values():
+        run()
+
+
+def test_the_last_rows_of_a_long_call_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "CHECKED_SCORES", 100)
+    monkeypatch.setattr(contest, "CHECKED_ROWS", 5)
+    for shape in KINDS:
+        contest.make_contest(shape, [], CPU).check()
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = KINDS[1]
+    wrong = peers.ours(replace(shape, causal=False), CPU)
+    monkeypatch.setitem(peers.PEERS, "torch", peers.Peer(lambda s, d: None, lambda s, d: wrong))
+    made = contest.make_contest(shape, ["torch"], CPU)
+    assert list(made.runs) == ["ours"] and "output is off by" in made.refused["torch"]
+    monkeypatch.setattr(contest, "ours", lambda s, d: wrong)
+    with pytest.raises(contest.CheckError, match="causal: output is off by"):
+        contest.make_contest(shape, [], CPU).check()
+
+
+def test_a_peer_says_what_it_cannot_run() -> None:
+    made = contest.make_contest(replace(SMALL, backward=True), ["flex", "openvino", "flash", "flash_attn"], CPU)
+    assert list(made.runs) == ["ours"]
+    assert made.refused["flex"] == "FlexAttention has no backward pass on a CPU"
+    assert made.refused["flash"] == "a kernel for GPUs"
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_modules_compute_the_same(weights: bool, backward: bool) -> None:
+    shape = ModuleShape("module", "g", 2, 9, 32, 4, padding=True, need_weights=weights, backward=backward)
+    made = contest.make_contest(shape, ["torch", "flex"], CPU)
+    assert list(made.runs) == ["ours", "torch"] and made.refused == {"flex": "no module"}
+    made.check()
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    found = timing.take_turns({n: lambda n=n: order.append(n) for n in "abc"}, 0.0, CPU)  # type: ignore[misc]
+    assert order == list("abc") * (1 + timing.FEWEST_ROUNDS)
+    assert {t.rounds for t in found.values()} == {timing.FEWEST_ROUNDS}
+
+
+def test_work_is_counted_by_hand() -> None:
+    """4 M N D per head forward, 14 with the backward pass; half of it under causality."""
+    shape = AttentionShape("", "", 2, 4, 2, 8, 8, 16, torch.bfloat16)
+    assert shape.flops == 4 * 2 * 4 * 8 * 8 * 16 and replace(shape, backward=True).flops == 3.5 * shape.flops
+    assert replace(shape, causal=True).flops == shape.flops / 2
+    assert shape.bytes == 2 * 2 * (2 * 4 * 8 + 2 * 2 * 8) * 16
+
+
+def test_names_are_unique() -> None:
+    for suite in shapes.SUITES.values():
+        assert len({s.name for s in suite}) == len(suite)
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules = (ModuleShape("module", "modules", 1, 8, 32, 4),)
+    monkeypatch.setitem(shapes.SUITES, "models", (*KINDS[:2], replace(KINDS[0], name="longer", columns=80), *modules))
+    files = {kind: tmp_path / "out" / f"bench.{kind}" for kind in ("json", "html", "svg")}
+    options = ["--json", str(files["json"]), "--html", str(files["html"]), "--plot", str(files["svg"])]
+    assert cli.main(["bench", "--seconds", "0", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "torch / ours" in printed and "geometric mean" in printed
+    rows = json.loads(files["json"].read_text())["results"]
+    assert [r["name"] for r in rows] == ["full", "causal", "longer", "module"]
+    for r in rows:
+        times = r["times"]
+        assert r["ratios"]["torch"] == pytest.approx(times["torch"]["median"] / times["ours"]["median"])
+        assert times["ours"]["low"] <= times["ours"]["median"] <= times["ours"]["high"]
+    page = files["html"].read_text()
+    assert "data:image/png;base64," in page and "http" not in page and "longer" in page
+    assert files["svg"].read_text().lstrip().startswith("<?xml")
+    assert cli.main(["bench", "--list", "--only", "long"]) == 0
+    assert capsys.readouterr().out.split() == ["longer"]
+    assert cli.main(["bench", "--only", "no such shape"]) == 1
