@@ -23,12 +23,12 @@ ORDER = [
     ["bench"],
     ["models", "integrations", "parity"],
     ["nn"],
-    ["sdpa", "decode"],
+    ["sdpa", "decode", "scores"],
     ["functional", "ops"],
     ["autograd"],
     ["dispatch"],
     ["backends"],
-    ["cache"],
+    ["cache", "varlen"],
     ["spec", "philox", "layout"],
 ]
 RANK = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -14,7 +14,7 @@ from torch import Tensor
 from .backends import reference
 from .dispatch import BACKENDS, select
 from .layout import output_like
-from .spec import DIFFERENTIABLE, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
+from .spec import DIFFERENTIABLE, ArgumentError, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
 
 # --- eager ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +71,24 @@ def run(spec: AttentionSpec, backend: str, x: Inputs) -> Outputs:
     if backend == "reference" or not spec.gradients:
         return BACKENDS[backend].forward(spec, x)
     return Outputs(*_Attention.apply(spec, backend, *x))
+
+
+# --- eager and traced -------------------------------------------------------------------------------------------
+
+
+def value_gradient(x: Inputs, o: Options, dout: Tensor, traced: bool) -> Tensor:
+    """The gradient [B, HK, N, DV] of the value alone for an incoming dout [B, H, M, DV], off the graph.
+
+    traced: as the two ops, for torch.compile, torch.export and fake tensors.
+    """
+    if traced:
+        output, lse, _ = _attention_op(*x, *o)
+        return _backward_op(dout, None, None, output, lse, *x, *o, "value")[0]
+    spec = replace(make_spec(x, o), gradients=frozenset({"value"}))
+    if spec.transform:
+        raise ArgumentError(f"query: got a tensor in {spec.transform}, expected one outside of transforms")
+    backend = BACKENDS[select(spec, Device.of(x.query)).backend]
+    return backend.backward(spec, x, backend.forward(spec, x), (dout, None, None))["value"]
 
 
 # --- traced: torch.compile, torch.export, fake tensors ----------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch, philox
+from . import autograd, dispatch, philox, varlen
 from .spec import (
     AttentionSpec,
     Causal,
@@ -62,7 +62,7 @@ def any_autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-def _is_traced(query: object) -> bool:
+def is_traced(query: object) -> bool:
     """Whether the call must stay one op: a tracer, a dispatch mode or a tensor without plain data."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
@@ -88,7 +88,7 @@ def _is_plain(x: Inputs) -> bool:
 def _run(x: Inputs, o: Options) -> Outputs:
     if o.dropout_p and isinstance(x.query, Tensor):
         x = x._replace(seed=philox.draw_seed(x.query.device))
-    if _is_traced(x.query):
+    if is_traced(x.query):
         return autograd.run_op(x, o)
     if _is_plain(x):
         q, k, v = x[:3]
@@ -101,10 +101,11 @@ def _run(x: Inputs, o: Options) -> Outputs:
     return autograd.run(spec, dispatch.select(spec, Device.of(x.query)).backend, x)
 
 
-def _gather(
+def gather(
     tensors: tuple[Any, ...],
     key_lengths: Tensor | None,
 ) -> Inputs:
+    """The tensors of one call as `make_spec` takes them: after autocast, with all dimensions they broadcast over."""
     if any_autocast():
         tensors = autocast(*tensors)
     query, key, value, mask, bias, alibi_slopes, sinks = tensors
@@ -112,6 +113,19 @@ def _gather(
         alibi_slopes = alibi_slopes[None]
     lengths = as_offsets("key_lengths", key_lengths)
     return Inputs(query, key, value, _four_dims(mask), _four_dims(bias), alibi_slopes, sinks, lengths)
+
+
+def _gather_packed(packed: varlen.Packed, alibi_slopes: Tensor | None, sinks: Tensor | None) -> Inputs:
+    query, key, value, cu_seqlens_q, cu_seqlens_k = packed
+    check_packed(query, key, value)
+    x = gather((query, key, value, None, None, alibi_slopes, sinks), None)
+    return x._replace(
+        query=x.query.transpose(0, 1).unsqueeze(0),  # [1, H, T, D]
+        key=x.key.transpose(0, 1).unsqueeze(0),
+        value=x.value.transpose(0, 1).unsqueeze(0),
+        cu_seqlens_q=as_offsets("cu_seqlens_q", cu_seqlens_q),
+        cu_seqlens_k=as_offsets("cu_seqlens_k", cu_seqlens_k),
+    )
 
 
 @overload
@@ -162,6 +176,9 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     A row that sees no key gives zeros, lse -inf and zero gradients. Keys that are hidden never reach the result, even
     where they hold NaN. The output lies in memory in the query's order of dimensions.
 
+    Query, key and value may be nested tensors (`torch.nested`) [B, H, *, D] of either layout: packed sequences, without
+    mask, bias, key_lengths and return_weights. Output and lse are then nested like the query.
+
     Args:
         query: [B, H, M, D]; float32, bfloat16, float16 or float64; any strides (a last dimension that is not
             contiguous is copied).
@@ -191,13 +208,39 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         TypeError: an argument has the wrong type.
         BackendError: the backend named by `use_backend` does not support the call.
     """
+    if varlen.any_nested(query, key, value):
+        refused = {"mask": mask, "bias": bias, "key_lengths": key_lengths, "return_weights": return_weights}
+        return _nested(
+            varlen.from_nested(query, key, value, refused),
+            query,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+            dropout_p=dropout_p,
+            batch_invariant=batch_invariant,
+            return_lse=return_lse,
+        )
     left, right = (None, None) if window is None else window_sides(window)
-    x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
+    x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
     o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
     out = _run(x, o)
     if not return_lse and return_weights is None:
         return out.output
     return AttentionResult(out.output, out.lse if return_lse else None, out.weights)
+
+
+def _nested(x: varlen.Packed, like: Tensor, **options: Any) -> Tensor | AttentionResult:
+    """`varlen_attention` on nested tensors, and the results nested as `like` is."""
+    out = varlen_attention(*x, **options)
+    if isinstance(out, Tensor):
+        return varlen.to_nested(out, x.cu_seqlens_q, like)
+    output, lse, _ = out
+    assert lse is not None
+    lse = varlen.to_nested(lse.transpose(0, 1), x.cu_seqlens_q, like)
+    return AttentionResult(varlen.to_nested(output, x.cu_seqlens_q, like), lse, None)
 
 
 def varlen_attention(
@@ -236,16 +279,8 @@ def varlen_attention(
     Returns:
         The output [T, H, DV], or an `AttentionResult` with lse [H, T] if `return_lse` is set.
     """
-    check_packed(query, key, value)
     left, right = window_sides(window)
-    x = _gather((query, key, value, None, None, alibi_slopes, sinks), None)
-    x = x._replace(
-        query=x.query.transpose(0, 1).unsqueeze(0),  # [1, H, T, D]
-        key=x.key.transpose(0, 1).unsqueeze(0),
-        value=x.value.transpose(0, 1).unsqueeze(0),
-        cu_seqlens_q=as_offsets("cu_seqlens_q", cu_seqlens_q),
-        cu_seqlens_k=as_offsets("cu_seqlens_k", cu_seqlens_k),
-    )
+    x = _gather_packed(varlen.Packed(query, key, value, cu_seqlens_q, cu_seqlens_k), alibi_slopes, sinks)
     options = (causal, left, right, softcap, scale, dropout_p, batch_invariant, None)
     out = _run(x, Options(*options, max_seqlen_q, max_seqlen_k))
     output = out.output.squeeze(0).transpose(0, 1)
@@ -283,7 +318,11 @@ def explain(
         An `Explanation`: `str()` of it is a table for people, `to_dict()` plain data for machines.
     """
     left, right = window_sides(window)
-    x = _gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
+    if varlen.any_nested(query, key, value):
+        refused = {"mask": mask, "bias": bias, "key_lengths": key_lengths, "return_weights": return_weights}
+        x = _gather_packed(varlen.from_nested(query, key, value, refused), alibi_slopes, sinks)
+    else:
+        x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
     spec = make_spec(x, Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights))
     where = Device.of(x.query) if device is None else Device.parse(device)
     return dispatch.explain(spec, where, _notes(x, spec))

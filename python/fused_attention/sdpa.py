@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from .functional import attention, varlen_attention
 from .spec import ArgumentError
+from .varlen import from_nested, to_nested
 
 _MASK_DTYPES = (torch.bool, torch.float32)
 _AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -235,41 +236,17 @@ def _flatten_mask(mask: Tensor, lead: tuple[int, ...], rank: int) -> Tensor:
 # --- nested tensors -------------------------------------------------------------------------------------------------
 
 
-def _pack(name: str, t: Any) -> tuple[Tensor, Tensor]:
-    """A nested [B, H, *, D] of either layout as values [T, H, D] and offsets [B + 1]; differentiable."""
-    if not t.is_nested or t.dim() != 4:
-        kind = "a nested" if t.is_nested else "a dense"
-        expected = "nested tensors [B, H, *, D] for query, key and value alike"
-        raise ArgumentError(f"{name}: got {kind} tensor of {t.dim()} dimensions, expected {expected}")
-    if t.layout == torch.jagged:
-        if not isinstance(t.shape[1], int) or not isinstance(t.shape[3], int):
-            raise ArgumentError(f"{name}: got the nested shape {tuple(t.shape)}, expected [B, H, *, D]")
-        t = t.transpose(1, 2)
-        t = t if t.lengths() is None else t.contiguous()  # closes the holes
-        return t.values(), t.offsets()
-    sequences = [s.transpose(0, 1) for s in t.unbind()]
-    offsets = torch.tensor([0, *(s.shape[0] for s in sequences)], device=t.device).cumsum(0)
-    return torch.cat(sequences), offsets
-
-
 def _nested(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool, **options: Any
 ) -> Tensor:
     """Nested tensors as packed sequences, and the result in the query's layout."""
-    if attn_mask is not None:
-        raise ArgumentError("attn_mask: got a Tensor, expected None with nested tensors")
-    (q, starts_q), (k, starts_k), (v, starts_v) = (
-        _pack(n, t) for n, t in (("query", query), ("key", key), ("value", value))
-    )
-    if starts_k is not starts_v and not torch.equal(starts_k, starts_v):
-        raise ArgumentError(f"value: got lengths {starts_v.diff().tolist()}, expected key's {starts_k.diff().tolist()}")
+    x = from_nested(query, key, value, {"attn_mask": attn_mask})
+    q, k, v = x.query, x.key, x.value
     heads, kv_heads = _heads((q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)), enable_gqa)
     q, k, v = (
         _repeat_heads(t[None].transpose(1, 2), n).transpose(1, 2)[0]
         for t, n in ((q, heads), (k, kv_heads), (v, kv_heads))
     )
-    out = varlen_attention(q, k, v, starts_q, starts_k, **options)  # [T, H, DV]
+    out = varlen_attention(q, k, v, x.cu_seqlens_q, x.cu_seqlens_k, **options)  # [T, H, DV]
     assert isinstance(out, Tensor)
-    if query.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(out, offsets=starts_q).transpose(1, 2)
-    return torch.nested.as_nested_tensor([o.transpose(0, 1) for o in out.split(starts_q.diff().tolist())])
+    return to_nested(out, x.cu_seqlens_q, query)

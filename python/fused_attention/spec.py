@@ -212,8 +212,12 @@ def _check_qkv(x: Inputs) -> None:
     _need(v.shape[1] == k.shape[1], "value", f"{v.shape[1]} heads in {shape_of(v)}", f"key's {k.shape[1]} heads")
     _need(v.shape[2] == k.shape[2], "value", f"length {v.shape[2]} in {shape_of(v)}", f"key's length {k.shape[2]}")
     hk = k.shape[1]
-    ok = h % hk == 0 if hk else h == 0
-    _need(ok, "key", f"{hk} heads in {shape_of(k)}", f"a number of heads that divides query's {h}")
+    _need(
+        h % hk == 0 if hk else h == 0,
+        "key",
+        f"{hk} heads in {shape_of(k)}",
+        f"a number of heads that divides query's {h}",
+    )
     _need(d > 0, "query", f"head dim 0 in {shape_of(q)}", "a head dim of at least 1")
 
 
@@ -273,6 +277,7 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Packed sequences have three dimensions; the rest is checked once they are in kernel layout."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         need_tensor(name, t, optional=False)
+        _need(not t.is_nested, name, "a nested tensor", "a dense one [T, H, D] (`attention` takes nested tensors)")
         _need(t.dim() == 3, name, f"{t.dim()} dimensions {shape_of(t)}", "3 dimensions [T, H, D]")
 
 
@@ -388,7 +393,7 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     gradients = _NOTHING
     if torch.is_grad_enabled():
         gradients = frozenset(n for n, t in zip(Inputs._fields, x, strict=True) if t is not None and t.requires_grad)
-    window = None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right)
+    window = None if o.window_left is o.window_right is None else (o.window_left, o.window_right)
     scale = head_dim**-0.5 if o.scale is None else float(o.scale)
     softcap = None if o.softcap is None else float(o.softcap)
     sizes = (batch, heads, kv_heads, rows, columns, head_dim, value_dim)
