@@ -30,6 +30,7 @@ ORDER = [
     ["backends"],
     ["cache", "varlen"],
     ["spec", "philox", "layout"],
+    ["device"],
 ]
 RANK = {name: place for place, names in enumerate(ORDER) for name in names}
 

@@ -1,7 +1,7 @@
 """The vocabulary of the package: what one attention call is, and the only place where arguments are checked.
 
 `AttentionSpec` is frozen, hashable and holds no tensor; backends answer `supports(spec, device)` from it alone.
-`Inputs` and `Outputs` carry the tensors beside it. This module imports nothing else of the package.
+`Inputs` and `Outputs` carry the tensors beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .device import Device as Device
 
 Causal = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
@@ -124,38 +126,6 @@ class AttentionSpec:
 
 
 _spec = functools.lru_cache(maxsize=4096)(AttentionSpec)  # the same call, the same object
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device as a backend needs to see it: the kind of tensor and the instruction set or architecture."""
-
-    type: str  # "cpu", "cuda", "mps", "meta", ...
-    arch: str | None = None  # "sm_90", "gfx942"; None on a CPU
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Device:
-        return cls.at(tensor.device)
-
-    @classmethod
-    @functools.cache
-    def at(cls, device: torch.device) -> Device:
-        if device.type != "cuda":
-            return cls(device.type)
-        properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip:
-            return cls("cuda", properties.gcnArchName.split(":")[0])
-        return cls("cuda", f"sm_{properties.major}{properties.minor}")
-
-    @classmethod
-    def parse(cls, text: str) -> Device:
-        """A kind of device that need not be here ("cpu", "cuda:sm_90", "cuda:gfx942"), or one that is ("cuda:0")."""
-        kind, _, which = text.partition(":")
-        if kind == "cuda" and which.startswith(("sm_", "gfx")):
-            return cls(kind, which)
-        if kind == "cuda":
-            return cls.of(torch.empty(0, device=text))
-        return cls(torch.device(text).type)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------
