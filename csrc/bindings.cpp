@@ -79,6 +79,13 @@ static const Field kFields[] = {
     FIELD(total_keys, int64),
     FIELD(mask_shares, int64),
     FIELD(bias_shares, int64),
+    FIELD(cached, flag),
+    FIELD(k_scale, tensor),
+    FIELD(v_scale, tensor),
+    FIELD(table, address),
+    FIELD(table_step, int64),
+    FIELD(pages, int64),
+    FIELD(page_size, int64),
 };
 #undef FIELD
 

@@ -77,6 +77,15 @@ struct AttentionParams {
   const int64_t* key_ends = nullptr;         // [B]  packed: blocks of keys, likewise
   int64_t total_rows = 0, total_keys = 0;    // packed: rows of q and of k over all sequences
   int64_t mask_shares = 0, bias_shares = 0;  // dmask, dbias are [shares, ...], dense: parts that are added afterwards
+
+  // On a CPU: k and v are those of a cache, of any dtype but f64 and boolean. At most 16 rows, forward only.
+  bool cached = false;
+  Tensor k_scale, v_scale;  // [B, HK, N]  f32: k is the scale times the code; absent where k has no codes
+  // With pages k, v, k_scale and v_scale are [pages, HK, page_size, ...]: key n of sequence b is row n % page_size of
+  // page table[b, n / page_size].
+  const int32_t* table = nullptr;    // [B, ceil(N / page_size)]
+  int64_t table_step = 0;            // from sequence to sequence
+  int64_t pages = 0, page_size = 0;  // 0: no pages
 };
 
 }  // namespace fused_attention

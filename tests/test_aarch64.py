@@ -55,7 +55,7 @@ def _driver() -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         made = target.with_suffix(f".{os.getpid()}")
-        flags = ["-std=gnu++17", "-O2", "-fopenmp", "-static", "-Wall", "-Wno-switch", "-Werror"]
+        flags = ["-std=gnu++17", "-O2", "-fopenmp", "-static", "-Wall", "-Werror"]
         defines = ["-DFA_ISA=portable", "-DFA_HAVE_PORTABLE=1"]
         command = [TOOLS[0], *flags, *defines, "-o", str(made), *(str(ROOT / s) for s in SOURCES)]
         subprocess.run(command, check=True)

@@ -36,6 +36,7 @@ class Case:
     dtype: torch.dtype
     kv_dtype: torch.dtype | None = None
     page: int | None = None
+    rolls: bool = False
     interleaved: bool = False
     precision: str = "highest"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -53,6 +54,7 @@ CASES = [
     Case("D512-paged-everything", 1, 4, (512, 512), BF16, page=16, options=EVERYTHING),
     Case("int8-paged-everything", 1, 4, (128, 128), F16, I8, page=16, options=EVERYTHING),
     Case("int8-rows-D256", 8, 8, (256, 256), F16, I8),
+    Case("fp8-rolling-everything", 1, 4, (128, 128), BF16, F8, rolls=True, options=EVERYTHING),
     Case("fp8-D64", 1, 8, (64, 64), BF16, F8, interleaved=True),
     Case("fp8-rows-paged-everything", 8, 4, (128, 128), BF16, F8, page=16, options=EVERYTHING),
     Case("fp8-D512-paged-everything", 1, 4, (512, 512), F16, F8, page=16, options=EVERYTHING),
@@ -73,7 +75,8 @@ def launches(case: Case, arch: str) -> list[Any]:
     heads, (d, dv) = kv_heads * case.group, case.dims
     cache: Cache
     if case.page is None:
-        cache = KVCache.allocate(batch, kv_heads, capacity, d, dv, case.dtype, case.kv_dtype)
+        window = 1000 if case.rolls else None
+        cache = KVCache.allocate(batch, kv_heads, capacity, d, dv, case.dtype, case.kv_dtype, window=window)
     else:
         table = torch.arange(batch * capacity // case.page, dtype=torch.int32).reshape(batch, -1)
         cache = PagedKVCache.allocate(table, table.numel(), kv_heads, case.page, d, dv, case.dtype, case.kv_dtype)

@@ -195,3 +195,21 @@ def test_no_derivative() -> None:
     with torch.inference_mode():
         MODULE(X, cache=cache)
     assert cache.lengths.tolist() == [1] * B
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("chunks", [[1] * S, [3] * (S // 3)], ids=["token-by-token", "chunked"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+@pytest.mark.parametrize("name", ["window", "window-sinks"])
+def test_a_cache_that_rolls(name: str, dtype: torch.dtype, chunks: list[int]) -> None:
+    """It keeps a window of 21 tokens; rotation and slopes count on past its capacity."""
+    module = BY_NAME[name].build(dtype)
+    assert module.window is not None and module.window[0] is not None
+    x = torch.randn(B, S, E).to(dtype)
+    cache = fa.KVCache.allocate(B, module.num_kv_heads, 10, D, dtype=dtype, window=module.window[0])
+    got = decoded(module, x, cache, chunks)
+    assert cache.capacity == 10 and cache.positions.tolist() == [S] * B
+    if dtype == F64:
+        torch.testing.assert_close(got, module(x), rtol=1e-11, atol=1e-12)
+    else:
+        check(module, x, got)

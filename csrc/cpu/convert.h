@@ -2,13 +2,14 @@
 #pragma once
 #include "../params.h"
 #include "vec.h"
-#if defined(__F16C__)
-  #include <immintrin.h>
-#endif
 
 FA_BEGIN
 
-FA_INLINE int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::boolean ? 1 : 2; }
+FA_INLINE int64_t size_of(DType t) {
+  if (t == DType::f64) return 8;
+  if (t == DType::f32) return 4;
+  return t == DType::bf16 || t == DType::f16 ? 2 : 1;
+}
 
 FA_INLINE float float_of_bits(uint32_t u) {
   float f;
@@ -54,6 +55,13 @@ FA_INLINE uint16_t to_f16(float f) {
 #endif
 }
 
+// float8 e4m3: s eeee mmm, bias 7, no infinities, NaN where all of eeee mmm is set.
+FA_INLINE float from_e4m3(uint8_t code) {
+  const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24, rest = code & 0x7fu;
+  if (rest == 0x7fu) return float_of_bits(sign | 0x7fc00000u);
+  return float_of_bits(sign | rest << 20) * 0x1p120f;  // 120: the difference of the biases
+}
+
 // A boolean becomes what is added to a score: 0 where true, -inf where false.
 template <class T>
 FA_INLINE T load_one(const char* p, DType type) {
@@ -78,6 +86,10 @@ FA_INLINE T load_one(const char* p, DType type) {
       __builtin_memcpy(&x, p, 2);
       return static_cast<T>(from_f16(x));
     }
+    case DType::i8:
+      return static_cast<T>(static_cast<int8_t>(*p));
+    case DType::e4m3:
+      return static_cast<T>(from_e4m3(static_cast<uint8_t>(*p)));
     default:
       return *p ? T(0) : -kInf<T>;
   }
@@ -122,6 +134,16 @@ template <class T>
     case DType::boolean: {
       const uint8_t* src = reinterpret_cast<const uint8_t*>(p);
       for (; i < n; ++i) dst[i] = src[i] ? T(0) : -kInf<T>;
+      break;
+    }
+    case DType::i8: {
+      const int8_t* src = reinterpret_cast<const int8_t*>(p);
+      for (; i < n; ++i) dst[i] = static_cast<T>(src[i]);
+      break;
+    }
+    case DType::e4m3: {
+      const uint8_t* src = reinterpret_cast<const uint8_t*>(p);
+      for (; i < n; ++i) dst[i] = static_cast<T>(from_e4m3(src[i]));
       break;
     }
   }

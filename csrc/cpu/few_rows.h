@@ -4,13 +4,16 @@
 //
 //   top = max_s m_s;   l = sum_s l_s exp(m_s - top);   O = sum_s O_s exp(m_s - top)
 //
+// K and V may be those of a cache, in pages and quantised (stored.h).
+//
 // A task has R = heads * M rows of one (batch, key head). Row r is row r % M of head r / M.
 #pragma once
 #include "forward.h"
+#include "stored.h"
 
 FA_BEGIN
 
-constexpr int kFewRows = 32, kFewKeys = 128;
+constexpr int kFewRows = 32;
 
 struct FewRows {
   AttentionParams p;
@@ -24,7 +27,7 @@ struct FewRows {
 };
 
 struct FewRowsScratch {
-  float *q, *k, *v, *s, *o, *m, *l, *alpha;
+  float *q, *k, *v, *s, *o, *m, *l, *alpha, *scales;
   RowBuffers<float> row;
   FewRowsScratch(const FewRows& f, Arena& a) {
     q = a.take<float>(f.rows() * f.ldq);
@@ -35,92 +38,36 @@ struct FewRowsScratch {
     m = a.take<float>(f.rows());
     l = a.take<float>(f.rows());
     alpha = a.take<float>(f.rows());
+    scales = a.take<float>(kFewKeys);
     row.mask = a.take<float>(kMaxKeys + 16);
     row.bias = a.take<float>(kMaxKeys + 16);
   }
 };
 
-// Rows of K or V as they are stored: address of the first, bytes from one to the next.
-struct Stored {
-  const char* at;
-  int64_t step;
-};
-
-template <DType S>
-struct Storage {
-  using type = uint16_t;
-};
-template <>
-struct Storage<DType::f32> {
-  using type = float;
-};
-
-typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
-
-// VL elements of a type in the compute type. Whoever reads a type that is not `direct` makes a copy first.
-template <DType S>
-FA_INLINE Vec<float> load_as(const char* p) {
-  if constexpr (S == DType::bf16) {
-    HalfVec h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return from_bits<float>(__builtin_convertvector(h, IVec<float>) << 16);
-#if defined(__AVX512F__)
-  } else if constexpr (S == DType::f16) {
-    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  } else if constexpr (S == DType::f16) {
-    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#endif
-  } else {
-    return load<float>(reinterpret_cast<const float*>(p));
-  }
-}
-FA_INLINE bool direct(DType type) {
-#if defined(__F16C__)
-  return type == DType::f32 || type == DType::bf16 || type == DType::f16;
-#else
-  return type == DType::f32 || type == DType::bf16;
-#endif
-}
-
-// Rows of K or V, `width` elements of each: where they lie, if they can be read there and no further than their end,
-// else a copy in the compute type with zeros behind. often: so many rows of queries read them that what has to be
-// converted is converted once. `type` becomes what they are stored as.
-FA_INLINE Stored stored_rows(const Tensor& t, const Problem& x, int64_t row, int rows, int64_t columns, int64_t width,
-                             float* copy, bool often, bool must_copy, DType& type) {
-  const char* src = row_address(t, x, x.hk, row);
-  const int64_t step = t.stride[2] * size_of(t.dtype);
-  type = t.dtype;
-  const bool as_is = direct(t.dtype) && (t.dtype == DType::f32 || !often);
-  if (columns == width && as_is && !must_copy) return {src, step};
-  type = DType::f32;
-  for (int i = 0; i < rows; ++i) {
-    load_row(copy + i * width, src + i * step, t.dtype, columns);
-    for (int64_t j = columns; j < width; ++j) copy[i * width + j] = 0;
-  }
-  return {reinterpret_cast<const char*>(copy), width * static_cast<int64_t>(sizeof(float))};
-}
-
 // s [R, keys] = q k^T, ROWS rows and VL / ROWS keys at a time: each sum is one accumulator, all of them in registers.
 template <DType S, int ROWS>
-[[maybe_unused]] static void few_products(int rows, int keys, int64_t width, const float* q, int64_t ldq, Stored k,
-                                          float* s, int64_t lds) {
+[[maybe_unused]] static void few_products(int rows, int keys, int64_t width, const float* q, int64_t ldq,
+                                          const StoredRows& k, const StoredRows& next, float* s, int64_t lds) {
   constexpr int KEYS = VL<float> / ROWS;
-  constexpr int64_t size = sizeof(typename Storage<S>::type);
+  constexpr int64_t size = stored_size(S);
   for (int j = 0; j < keys; j += KEYS) {
     const char* key[KEYS];  // the last keys are taken twice where they do not fill a vector
-    for (int b = 0; b < KEYS; ++b) key[b] = k.at + min_of(j + b, keys - 1) * k.step;
+    for (int b = 0; b < KEYS; ++b) key[b] = k.row[min_of(j + b, keys - 1)];
+    for (int b = j; b < min_of(j + KEYS, next.keys); ++b) fetch(next, b);
     for (int r = 0; r < rows; r += ROWS) {
       Vec<float> acc[VL<float>];
 #pragma GCC unroll 16
       for (int i = 0; i < VL<float>; ++i) acc[i] = Vec<float>{};
       const float* row = q + r * ldq;
       for (int64_t d = 0; d < width; d += VL<float>) {
+        Vec<float> query[ROWS];
+#pragma GCC unroll 16
+        for (int a = 0; a < ROWS; ++a) query[a] = load<float>(row + a * ldq + d);
 #pragma GCC unroll 16
         for (int b = 0; b < KEYS; ++b) {
           const Vec<float> kd = load_as<S>(key[b] + d * size);
 #pragma GCC unroll 16
-          for (int a = 0; a < ROWS; ++a) acc[a * KEYS + b] += load<float>(row + a * ldq + d) * kd;
+          for (int a = 0; a < ROWS; ++a) acc[a * KEYS + b] += query[a] * kd;
         }
       }
       const Vec<float> sums = sum_each<float>(acc);
@@ -134,19 +81,23 @@ template <DType S, int ROWS>
 }
 
 // o [R, width] = alpha o + s v, ROWS rows and VECTORS vectors of o at a time in registers, over all keys of the tile.
+// from: the first column.
 template <DType S, int ROWS, int VECTORS>
-FA_INLINE void few_sums(int keys, const float* s, int64_t lds, Stored v, const float* alpha, float* o, int64_t ldo) {
-  constexpr int64_t bytes = VL<float> * static_cast<int64_t>(sizeof(typename Storage<S>::type));
+FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, const StoredRows& v,
+                        const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
+  const int fetched = from ? 0 : next.keys;
+  constexpr int64_t size = stored_size(S);
   Vec<float> acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int a = 0; a < ROWS; ++a)
 #pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) acc[a][c] = alpha[a] * load<float>(o + a * ldo + c * VL<float>);
+    for (int c = 0; c < VECTORS; ++c) acc[a][c] = Vec<float>{};
   for (int j = 0; j < keys; ++j) {
-    const char* row = v.at + j * v.step;
+    const char* row = v.row[j] + from * size;
+    if (j < fetched) fetch(next, j);
     Vec<float> value[VECTORS];
 #pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) value[c] = load_as<S>(row + c * bytes);
+    for (int c = 0; c < VECTORS; ++c) value[c] = load_as<S>(row + c * VL<float> * size);
 #pragma GCC unroll 8
     for (int a = 0; a < ROWS; ++a) {
       const Vec<float> weight = splat<float>(s[a * lds + j]);
@@ -157,60 +108,102 @@ FA_INLINE void few_sums(int keys, const float* s, int64_t lds, Stored v, const f
 #pragma GCC unroll 8
   for (int a = 0; a < ROWS; ++a)
 #pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) store<float>(o + a * ldo + c * VL<float>, acc[a][c]);
+    for (int c = 0; c < VECTORS; ++c) {
+      float* sum = o + a * ldo + from + c * VL<float>;
+      store<float>(sum, alpha[a] * load<float>(sum) + acc[a][c]);  // last: a shorter chain of roundings
+    }
 }
 template <DType S, int VECTORS>
-FA_INLINE int64_t add_columns(int rows, int keys, int64_t from, int64_t width, const float* s, int64_t lds, Stored v,
-                              const float* alpha, float* o, int64_t ldo) {
-  constexpr int64_t size = sizeof(typename Storage<S>::type);
+FA_INLINE int64_t add_columns(int rows, int keys, int64_t from, int64_t width, const float* s, int64_t lds,
+                              const StoredRows& v, const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
   for (; from + VECTORS * VL<float> <= width; from += VECTORS * VL<float>) {
-    const Stored at{v.at + from * size, v.step};
     int r = 0;
     if constexpr (VECTORS <= 2)
       for (; r + 4 <= rows; r += 4)
-        few_sums<S, 4, VECTORS>(keys, s + r * lds, lds, at, alpha + r, o + r * ldo + from, ldo);
-    for (; r < rows; ++r) few_sums<S, 1, VECTORS>(keys, s + r * lds, lds, at, alpha + r, o + r * ldo + from, ldo);
+        few_sums<S, 4, VECTORS>(keys, from, s + r * lds, lds, v, next, alpha + r, o + r * ldo, ldo);
+    for (; r < rows; ++r) few_sums<S, 1, VECTORS>(keys, from, s + r * lds, lds, v, next, alpha + r, o + r * ldo, ldo);
   }
   return from;
 }
 
 // Both products of a tile, for one storage type.
 template <DType S>
-[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, Stored k) {
+[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& k,
+                                        const StoredRows& next) {
   constexpr int most = VL<float> < 4 ? VL<float> : 4;
   const int rows = static_cast<int>(f.rows()), whole = rows / most * most;
-  few_products<S, most>(whole, keys, f.ldq, w.q, f.ldq, k, w.s, f.lds);
-  few_products<S, 1>(rows - whole, keys, f.ldq, w.q + whole * f.ldq, f.ldq, k, w.s + whole * f.lds, f.lds);
+  if (whole) few_products<S, most>(whole, keys, f.ldq, w.q, f.ldq, k, next, w.s, f.lds);
+  if (whole < rows)
+    few_products<S, 1>(rows - whole, keys, f.ldq, w.q + whole * f.ldq, f.ldq, k, next, w.s + whole * f.lds, f.lds);
 }
 template <DType S>
-[[maybe_unused]] static void add_values(const FewRows& f, const FewRowsScratch& w, int keys, Stored v) {
+[[maybe_unused]] static void add_values(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& v,
+                                        const StoredRows& next) {
   const int rows = static_cast<int>(f.rows());
   int64_t done = 0;
-  if (rows < 4) done = add_columns<S, 8>(rows, keys, 0, f.ldv, w.s, f.lds, v, w.alpha, w.o, f.ldv);
-  add_columns<S, 2>(rows, keys, done, f.ldv, w.s, f.lds, v, w.alpha, w.o, f.ldv);
+  if (rows < 4) done = add_columns<S, 8>(rows, keys, 0, f.ldv, w.s, f.lds, v, next, w.alpha, w.o, f.ldv);
+  add_columns<S, 2>(rows, keys, done, f.ldv, w.s, f.lds, v, next, w.alpha, w.o, f.ldv);
 }
 struct Products {
-  void (*score_keys)(const FewRows&, const FewRowsScratch&, int keys, Stored k);
-  void (*add_values)(const FewRows&, const FewRowsScratch&, int keys, Stored v);
+  void (*score_keys)(const FewRows&, const FewRowsScratch&, int keys, const StoredRows& k, const StoredRows& next);
+  void (*add_values)(const FewRows&, const FewRowsScratch&, int keys, const StoredRows& v, const StoredRows& next);
 };
 FA_INLINE Products products_of(DType type) {
-  if (type == DType::bf16) return {score_keys<DType::bf16>, add_values<DType::bf16>};
+  switch (type) {
+    case DType::bf16:
+      return {score_keys<DType::bf16>, add_values<DType::bf16>};
+    case DType::i8:
+      return {score_keys<DType::i8>, add_values<DType::i8>};
+    case DType::e4m3:
+      return {score_keys<DType::e4m3>, add_values<DType::e4m3>};
 #if defined(__F16C__)
-  if (type == DType::f16) return {score_keys<DType::f16>, add_values<DType::f16>};
+    case DType::f16:
+      return {score_keys<DType::f16>, add_values<DType::f16>};
 #endif
-  return {score_keys<DType::f32>, add_values<DType::f32>};
+    default:
+      return {score_keys<DType::f32>, add_values<DType::f32>};
+  }
+}
+
+// The scores of a tile, times the scales of its keys.
+[[maybe_unused]] static void scale_scores(const FewRows& f, const FewRowsScratch& w, int keys) {
+  for (int64_t r = 0; r < f.rows(); ++r)
+    for (int j = 0; j < keys; j += VL<float>) {
+      float* at = w.s + r * f.lds + j;
+      store<float>(at, load<float>(at) * load<float>(w.scales + j));
+    }
+}
+// The weights, times the scales of its values. hides: the scale of what has no weight may be NaN, and matters not.
+[[maybe_unused]] static void scale_weights(const FewRows& f, const FewRowsScratch& w, int keys, bool hides) {
+  for (int64_t r = 0; r < f.rows(); ++r)
+    for (int j = 0; j < keys; j += VL<float>) {
+      float* at = w.s + r * f.lds + j;
+      const Vec<float> weight = load<float>(at), scaled = weight * load<float>(w.scales + j);
+      store<float>(at, hides ? (weight == 0.0f ? weight : scaled) : scaled);
+    }
+}
+
+// K or V of a tile: where they lie, if they can be read there and no further than their end, else a copy.
+[[maybe_unused]] static void tile_rows(const Tensor& t, const Problem& x, int64_t key, int keys, int64_t columns,
+                                       int64_t width, float* copy, bool must_copy, StoredRows& found) {
+  find_rows(t, x, key, keys, columns, found);
+  const bool as_is = columns == width && direct(t.dtype) && !must_copy;
+  if (!as_is || (t.dtype == DType::e4m3 && nan_codes(found, keys, columns)))
+    copy_rows(found, keys, columns, width, copy);
 }
 
 // One tile of keys for all rows of a task.
-[[maybe_unused]] static void few_tile(const FewRows& f, const Problem* heads, const Tile& t, const FewRowsScratch& w) {
+[[maybe_unused]] static void few_tile(const FewRows& f, const Problem* heads, const Tile& t, int64_t end,
+                                      const FewRowsScratch& w) {
   const AttentionParams& p = f.p;
   const Problem& any = heads[0];
   const int rows = static_cast<int>(f.rows()), m = static_cast<int>(p.M);
-  const int64_t key = any.key0 + t.key;
-  DType type;
-  const bool often = rows >= 8;
-  const Stored k = stored_rows(p.k, any, key, t.keys, p.D, f.ldq, w.k, often, false, type);
-  products_of(type).score_keys(f, w, t.keys, k);
+  StoredRows k, v, next;
+  find_rows(p.v, any, t.key, t.keys, p.DV, v);
+  find_rows(p.k, any, t.key + t.keys, static_cast<int>(min_of<int64_t>(kFewKeys, end - t.key - t.keys)), p.D, next);
+  tile_rows(p.k, any, t.key, t.keys, p.D, f.ldq, w.k, false, k);
+  products_of(k.type).score_keys(f, w, t.keys, k, v);
+  if (find_scales(p.k_scale, any, t.key, t.keys, w.scales)) scale_scores(f, w, t.keys);
   const int width = static_cast<int>(round_up(t.keys, VL<float>));
   for (int g = 0; g < f.heads; ++g) {
     float* s = w.s + g * m * f.lds;
@@ -223,12 +216,14 @@ FA_INLINE Products products_of(DType type) {
     }
   }
   const bool hides = may_hide(any, t);  // then a V that is not finite must not meet a weight of 0
-  const Stored v = stored_rows(p.v, any, key, t.keys, p.DV, f.ldv, w.v, often, hides, type);
-  if (hides && !all_finite(w.v, f.ldv, t.keys, f.ldv))
+  const bool copies = hides && p.v.dtype != DType::i8;
+  if (find_scales(p.v_scale, any, t.key, t.keys, w.scales)) scale_weights(f, w, t.keys, hides);
+  tile_rows(p.v, any, t.key, t.keys, p.DV, f.ldv, w.v, copies, v);
+  if (copies && !all_finite(w.v, f.ldv, t.keys, f.ldv))
     gemm_skip_zeros<float, false, Into::scale_add>(rows, static_cast<int>(f.ldv), t.keys, w.s, f.lds, w.v, f.ldv, w.o,
                                                    f.ldv, w.alpha, nullptr);
   else
-    products_of(type).add_values(f, w, t.keys, v);
+    products_of(v.type).add_values(f, w, t.keys, v, next);
 }
 
 // What a task is: (batch, key head), block of its query heads, split.
@@ -263,7 +258,7 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   Tile t;
   for (int64_t key = begin; key < end; key += kFewKeys) {
     const int keys = static_cast<int>(min_of<int64_t>(kFewKeys, end - key));
-    if (make_tile(heads[0], 0, m, key, keys, t)) few_tile(f, heads, t, w);
+    if (make_tile(heads[0], 0, m, key, keys, t)) few_tile(f, heads, t, end, w);
   }
   if (f.partial) {
     float* to = f.partial + task * f.part();
@@ -301,8 +296,10 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
                       top + g * m, sum + g * m);
 }
 
-// Whether these kernels are the faster ones. What they leave to forward.h: dropout, packed sequences, many rows.
+// Whether these kernels are the faster ones, or the only ones. What they leave to forward.h: dropout, packed sequences,
+// many rows.
 [[maybe_unused]] static bool few_rows_wanted(const AttentionParams& p) {
+  if (p.cached) return p.M > 0 && p.N > 0 && p.B * p.H > 0;
   return p.M > 0 && p.M <= kLaneRows && p.N > 0 && p.B * p.H > 0 && !p.cu_seqlens_q && !has_dropout(p) && !p.stats.data;
 }
 

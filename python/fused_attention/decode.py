@@ -8,15 +8,17 @@ What is new is appended first; then, where row i of a sequence stands at positio
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import cpu, cuda_decode, reference_decode, triton
+from .backends import cpu_decode, cuda_decode, reference_decode, triton
 from .cache import Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache, refuse, storable
 from .dispatch import choose
 from .functional import AttentionResult, any_autocast, autocast
+from .layout import output_like
 from .spec import (
     FLOAT_DTYPES,
     Device,
@@ -91,23 +93,11 @@ def _check_no_gradients(cache: Cache, x: DecodeInputs) -> None:
             refuse(name, "a tensor that requires grad", "none: decode_attention has no derivative (torch.no_grad())")
 
 
-def _check_pages(cache: PagedKVCache, ends: Tensor, rows: int, appended: int, left: int | None) -> None:
-    """Every page that is read or written must exist, and none may be written for two sequences."""
-    table, size = cache.block_table.long(), cache.page_size
-    slot = torch.arange(table.shape[1])
-    used = slot < ((ends + size - 1) // size)[:, None]
-    if left is not None:
-        used &= slot >= ((ends - rows - left).clamp(min=0) // size)[:, None]
-    bad = (used & ((table < 0) | (table >= cache.num_pages))).nonzero()
-    if bad.numel():
-        b, i = bad[0].tolist()
-        refuse(f"cache.block_table[{b}, {i}]", f"page {int(table[b, i])}", f"page ids in 0 .. {cache.num_pages - 1}")
-    if appended and cache.batch > 1:
-        written = used & (slot >= ((ends - appended) // size)[:, None])
-        ids, counts = table[written].unique(return_counts=True)
-        if (counts > 1).any():
-            page = int(ids[counts > 1][0])
-            refuse("cache.block_table", f"page {page} twice among those appended to", "pages that one sequence owns")
+def _check_window(cache: KVCache, left: int | None) -> None:
+    """What a rolling cache forgets, no row may want to see."""
+    assert cache.window is not None
+    if left is None or left > cache.window:
+        refuse("window[0] (left)", left, f"at most the rolling cache's window, {cache.window}")
 
 
 def _check_values(cache: Cache, x: DecodeInputs, left: int | None) -> None:
@@ -119,13 +109,19 @@ def _check_values(cache: Cache, x: DecodeInputs, left: int | None) -> None:
     low, high = (int(n) for n in cache.lengths.aminmax())
     if low < 0:
         refuse("cache.lengths", f"a length of {low}", "lengths of at least 0")
-    if high + appended > cache.capacity:
+    rolling = isinstance(cache, KVCache) and cache.window is not None
+    if high + (0 if rolling else appended) > cache.capacity:  # a rolling cache makes room
         was = f"{high} tokens and {appended} new ones" if appended else f"a length of {high}"
         refuse("cache.lengths", was, f"at most the capacity, {cache.capacity}")
+    if rolling:
+        assert isinstance(cache, KVCache) and cache.dropped is not None and left is not None
+        high = int(cache.positions.max())
+        if not appended and ((cache.dropped > 0) & (cache.lengths < left + rows)).any():
+            refuse("query", f"{rows} rows", "rows whose window the rolling cache has not forgotten, or a key beside it")
     if x.cos is not None and high + appended > x.cos.shape[0]:
         refuse("rope", f"tables of {x.cos.shape[0]} positions", f"at least {high + appended}, the longest sequence")
     if isinstance(cache, PagedKVCache):
-        _check_pages(cache, cache.lengths.long() + appended, rows, appended, left)
+        cache.check_pages(cache.lengths.long() + appended, rows, appended, left)
 
 
 def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = False) -> DecodeSpec:
@@ -150,6 +146,9 @@ def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = Fals
         if t is not None and t.dtype not in FLOAT_DTYPES:
             refuse(f"{name}.dtype", t.dtype, "a floating dtype")
     _check_no_gradients(cache, x)
+    rolling = isinstance(cache, KVCache) and cache.window is not None
+    if isinstance(cache, KVCache) and rolling:
+        _check_window(cache, o.window_left)
     _check_values(cache, x, o.window_left)
     window = None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right)
     return DecodeSpec(
@@ -172,14 +171,11 @@ def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = Fals
         rotary_dim=0 if x.cos is None else 2 * x.cos.shape[1],
         interleaved=interleaved,
         batch_invariant=o.batch_invariant,
+        rolling=rolling,
     )
 
 
 # --- backends -----------------------------------------------------------------------------------------------------
-
-
-def _cpu_supports(spec: DecodeSpec, device: Device) -> str | None:
-    return cpu.supports(spec.attention(spec.capacity, spec.dtype), device)
 
 
 def _triton_supports(spec: DecodeSpec, device: Device) -> str | None:
@@ -191,42 +187,25 @@ def _triton_supports(spec: DecodeSpec, device: Device) -> str | None:
     return decode.supports_decode(spec, device)
 
 
-def _cpu(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Outputs:
-    """The C++ kernels. A dense cache in the query's dtype is read where it lies; pages are gathered first, and codes
-    become float32, in which they are exact."""
-    query = reference_decode.append(spec, cache, x)
-    # The kernels' order of summation may follow the number of columns, which must not follow the rest of the batch.
-    columns = spec.capacity if spec.batch_invariant else reference_decode.longest(cache)
-    dtype = spec.lse_dtype if spec.quantised else spec.dtype
-    key, value = reference_decode.dense(cache, columns, dtype)
-    inputs = Inputs(
-        query=query.to(dtype),
-        key=key,
-        value=value,
-        alibi_slopes=x.alibi_slopes,
-        sinks=x.sinks,
-        key_lengths=cache.lengths.long(),
-    )
-    out = cpu.forward(spec.attention(columns, dtype), inputs)
-    return out._replace(output=out.output.to(spec.dtype))
-
-
 def _triton(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Outputs:
     from .backends.triton import decode
 
     return decode.forward(spec, cache, x)
 
 
+Run = Callable[[DecodeSpec, Cache, DecodeInputs], Outputs]
+
+
 class Backend(NamedTuple):
     """Who decodes: `supports` gives None or the reason why not."""
 
     supports: Callable[[DecodeSpec, Device], str | None]
-    run: Callable[[DecodeSpec, Cache, DecodeInputs], Outputs]
+    run: Run
 
 
 # In order of preference; the reference refuses nothing.
 BACKENDS = {
-    "cpu": Backend(_cpu_supports, _cpu),
+    "cpu": Backend(cpu_decode.supports, cpu_decode.forward),
     "cuda": Backend(cuda_decode.supports, cuda_decode.forward),
     "triton": Backend(_triton_supports, _triton),
     "reference": Backend(lambda spec, device: None, reference_decode.forward),
@@ -250,6 +229,7 @@ def decode_attention(
     scale: float | None = None,
     batch_invariant: bool = False,
     return_lse: bool = False,
+    chunk: int | None = None,
 ) -> Tensor | AttentionResult:
     """Attention of the last M tokens of every sequence to what its cache holds, new tokens appended first.
 
@@ -262,13 +242,14 @@ def decode_attention(
     Args:
         query: [B, H, M, D]; float32, bfloat16, float16 or float64; any M, made for a few rows.
         cache: a `KVCache` or `PagedKVCache` for B sequences, in the query's dtype, a narrower one that is exact in it,
-            int8 or float8_e4m3fn.
+            int8 or float8_e4m3fn. A rolling one forgets, and one that a pool manages takes pages, as tokens come.
         key: [B, HK, M, D], new tokens to append in place, at positions lengths[b] .. lengths[b] + M - 1; the lengths
             grow by M. None: nothing is appended.
         value: [B, HK, M, DV], likewise.
         rope: (cos, sin, interleaved), tables [L, R/2] float32 with R <= D: the first R dims of query and new key are
             rotated at their positions, pairs (i, i + R/2) or, interleaved, (2i, 2i + 1), in float32 and before
-            rounding (Su et al., "RoFormer", 2021). What the cache holds is rotated already.
+            rounding (Su et al., "RoFormer", 2021). What the cache holds is rotated already. Tokens that a rolling cache
+            has forgotten are counted.
         alibi_slopes: [H] or [B, H]; -slope * distance is added.
         sinks: [H]; exp(sink) joins the softmax's denominator.
         window: (left, right): keys farther left than this from a row's position are hidden; None is open. What lies to
@@ -278,6 +259,9 @@ def decode_attention(
         batch_invariant: rows are bit-equal whatever else is in the batch: the number of splits of the keys follows
             from the capacity alone.
         return_lse: also return the log-sum-exp of the scores.
+        chunk: append and attend so many tokens at a time, as for a prompt whose scores or whose copy of a quantised or
+            paged cache would be too large at once; without new tokens it changes nothing. None: all at once, but no
+            more than a rolling cache has room for beside its window.
 
     Returns:
         The output [B, H, M, DV] in the query's dtype and memory order, or an `AttentionResult` with lse [B, H, M],
@@ -296,12 +280,67 @@ def decode_attention(
         alibi_slopes = alibi_slopes[None]
     x = DecodeInputs(query, key, value, cos, sin, alibi_slopes, sinks)
     options = Options(window_left=left, window_right=right, softcap=softcap, scale=scale)
-    spec = describe(cache, x, options._replace(batch_invariant=batch_invariant), interleaved)
+    options = options._replace(batch_invariant=batch_invariant)
+    if isinstance(cache, PagedKVCache):
+        cache.refresh()
+    spec = describe(cache, x, options, interleaved)
+    chunk = _chunk(cache, x, chunk)
     device = Device.of(query)
     chosen = choose(BACKENDS, lambda n: BACKENDS[n].supports(spec, device), "decodes with the eager reference", 3)
     with torch.no_grad():
-        out = BACKENDS[chosen.backend].run(spec, cache, x)
+        out = _in_chunks(BACKENDS[chosen.backend].run, spec, cache, x, chunk)
     return AttentionResult(out.output, out.lse, None) if return_lse else out.output
+
+
+def _chunk(cache: Cache, x: DecodeInputs, chunk: int | None) -> int:
+    """How many rows to take at a time; 0: all of them."""
+    if chunk is not None:
+        if isinstance(chunk, bool) or not isinstance(chunk, int):
+            raise TypeError(f"chunk: got {chunk!r}, expected an int or None")
+        if chunk < 1:
+            refuse("chunk", chunk, "at least 1")
+    if x.key is None:
+        return 0  # rows without keys are the last ones of what the cache holds: no part of them is
+    if isinstance(cache, KVCache) and cache.window is not None:
+        most = cache.capacity - cache.window
+        chunk = most if chunk is None else min(chunk, most)
+    return chunk if chunk is not None and chunk < x.query.shape[2] else 0
+
+
+def _in_chunks(run: Run, spec: DecodeSpec, cache: Cache, x: DecodeInputs, chunk: int) -> Outputs:
+    """Make room, append and attend; `chunk` rows at a time, if it is not 0."""
+    appended = spec.rows if spec.appends else 0
+    if isinstance(cache, PagedKVCache):
+        cache.make_room(appended)  # for all of them, or it raises before anything is written
+    if not chunk:
+        return _step(run, spec, cache, x)
+    assert x.key is not None and x.value is not None
+    output = output_like(x.query, spec.batch, spec.value_dim)
+    lse = x.query.new_empty(x.query.shape[:3], dtype=spec.lse_dtype)
+    for first in range(0, spec.rows, chunk):
+        rows = slice(first, min(first + chunk, spec.rows))
+        part = x._replace(query=x.query[:, :, rows], key=x.key[:, :, rows], value=x.value[:, :, rows])
+        out = _step(run, replace(spec, rows=rows.stop - first), cache, part)
+        output[:, :, rows], lse[:, :, rows] = out.output, out.lse
+    return Outputs(output, lse, None)
+
+
+def _step(run: Run, spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Outputs:
+    appended = spec.rows if spec.appends else 0
+    if isinstance(cache, KVCache):
+        cache.make_room(appended)
+        if spec.rolling and not appended and not readable(cache.lengths):
+            cache = _unforgotten(spec, cache)
+    out = run(spec, cache, x)
+    cache.advance(appended)
+    return out
+
+
+def _unforgotten(spec: DecodeSpec, cache: KVCache) -> KVCache:
+    """The cache without the sequences whose windows it no longer holds: longer than the capacity, they give NaN."""
+    assert spec.window is not None and spec.window[0] is not None and cache.dropped is not None
+    lost = (cache.dropped > 0) & (cache.lengths < spec.window[0] + spec.rows)
+    return replace(cache, lengths=cache.lengths.masked_fill(lost, cache.capacity + 1))
 
 
 def _rope(rope: object) -> tuple[Tensor | None, Tensor | None, bool]:

@@ -1,6 +1,6 @@
 """The definition of decoding, eager PyTorch: append, gather the pages, dequantise, then `reference.forward`.
 
-    position of row i = lengths - M + i, after the new tokens are counted
+    position of row i = dropped + lengths - M + i, after the new tokens are counted
     query, key = rotated at their positions;  cache[position] = quantised(key), quantised(value)
     output = attention(query, K, V, key_lengths=lengths, causal="bottom_right")
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache import LIMITS, Cache, DecodeInputs, DecodeSpec, PagedKVCache
+from ..cache import LIMITS, Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache
+from ..cache import bits as _bits
 from ..layout import memory_order
 from ..spec import Inputs, Outputs
 from . import reference
@@ -31,10 +32,16 @@ def quantise(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (codes.round() if kv_dtype == torch.int8 else codes).to(kv_dtype), scale
 
 
-def positions(cache: Cache, rows: int) -> Tensor:
-    """Where the last `rows` tokens of each sequence stand, [B, M]."""
+def places(cache: Cache, rows: int) -> Tensor:
+    """Where the last `rows` tokens of each sequence lie among those that the cache holds, [B, M]."""
     row = torch.arange(rows, device=cache.lengths.device)
     return cache.lengths.long()[:, None] - rows + row
+
+
+def positions(cache: Cache, places: Tensor) -> Tensor:
+    """Where they stand in their sequences: what a rolling cache has forgotten counts."""
+    forgotten = cache.dropped if isinstance(cache, KVCache) else None
+    return places if forgotten is None else places + forgotten.long()[:, None]
 
 
 def _rotated(spec: DecodeSpec, x: DecodeInputs, t: Tensor, at: Tensor) -> Tensor:
@@ -59,11 +66,6 @@ def _places(cache: Cache, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return page, at % cache.page_size, inside & (page >= 0) & (page < cache.num_pages)
 
 
-def _bits(t: Tensor) -> Tensor:
-    """A tensor that can be indexed: float8 has no such operations."""
-    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
-
-
 def append(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Tensor:
     """Write the new tokens into the cache, in place, and count them; returns the query, rotated where tables are given.
 
@@ -71,10 +73,13 @@ def append(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Tensor:
     """
     if spec.appends:
         cache.lengths.add_(spec.rows)
-    at = positions(cache, spec.rows)
+    if not spec.appends and not spec.rotary_dim:
+        return x.query
+    here = places(cache, spec.rows)
+    at = positions(cache, here)
     if spec.appends:
         assert x.key is not None and x.value is not None
-        block, row, inside = _places(cache, at)
+        block, row, inside = _places(cache, here)
         b, i = inside.nonzero(as_tuple=True)
         block, row = block[b, i], row[b, i]
         new = ((cache.key, cache.key_scale, _rotated(spec, x, x.key, at)), (cache.value, cache.value_scale, x.value))

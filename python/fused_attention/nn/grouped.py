@@ -270,13 +270,16 @@ class GroupedQueryAttention(nn.Module):
         tables: tuple[Tensor, Tensor, bool] | None = None
         # The "dynamic" law is taken at the cache's capacity, so that all keys in it are turned alike.
         capacity = cache.capacity
-        if self.rope is not None and self.q_norm is None and positions is None and query.dtype != torch.float64:
+        rolls = isinstance(cache, KVCache) and cache.window is not None  # past any table of `capacity` rows
+        plain = self.q_norm is None and positions is None and query.dtype != torch.float64 and not rolls
+        if self.rope is not None and plain:
             # The append turns q and k itself, in the same launch, at positions that it knows.
             tables = (*self.rope.tables(capacity, query.device), self.rope.interleaved)
         else:
             if self.rope is not None and positions is None:
                 row = torch.arange(query.shape[2], device=query.device)
-                positions = cache.lengths[:, None] + row
+                seen = cache.positions if isinstance(cache, KVCache) else cache.lengths
+                positions = seen[:, None] + row
             query, key = self._turn(query, key, positions, capacity)
         output = decode_attention(
             query,

@@ -1,6 +1,6 @@
 """New tokens into a cache, in place, and the query turned to its positions: one launch.
 
-    position of row i = length - M + i, the new tokens counted
+    position of row i = dropped + length - M + i, the new tokens counted; without `dropped` the row that it is kept in
     (a, b) = a pair of the first R dims;  (a, b) -> (a cos - b sin, b cos + a sin)       (Su et al., "RoFormer", 2021)
     scale = max|x| / limit;  stored = round(x / scale)                        limit: 127 for int8, 448 for float8 e4m3
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cache import LIMITS, Cache, DecodeInputs, DecodeSpec, PagedKVCache
+from ...cache import LIMITS, Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache
 from ...layout import output_like, rows_contiguous
 from .decode_kernels import Store, Table, place
 from .launch import Launch
@@ -114,6 +114,9 @@ def append_kernel(query, key, value, cache, out, turn, rows, heads, kv_heads, BL
     token = tl.program_id(0).to(tl.int64)
     b, m = token // rows, token % rows
     position = tl.load(cache.lengths + b).to(tl.int64) - rows + m
+    at = position  # where it is turned to; below, where it is stored
+    if cache.dropped is not None:
+        at += tl.load(cache.dropped + b).to(tl.int64)
     slot = tl.program_id(1)
     kv_slots = 0
     if key is not None:
@@ -121,16 +124,16 @@ def append_kernel(query, key, value, cache, out, turn, rows, heads, kv_heads, BL
         h = (slot % kv_slots * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)  # [BLOCK_H]
         there = h < kv_heads
         if slot < kv_slots:
-            x = turned(key, turn, b, h, m, there, position, D, BLOCK_D)
+            x = turned(key, turn, b, h, m, there, at, D, BLOCK_D)
             write(cache, cache.key, cache.key_scale, x, b, h, there, position, D, BLOCK_D, LIMIT)
         elif slot < 2 * kv_slots:
-            x = turned(value, None, b, h, m, there, position, DV, BLOCK_DV)
+            x = turned(value, None, b, h, m, there, at, DV, BLOCK_DV)
             write(cache, cache.value, cache.value_scale, x, b, h, there, position, DV, BLOCK_DV, LIMIT)
     if turn is not None:
         if slot >= 2 * kv_slots:
             h = ((slot - 2 * kv_slots) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
             d = tl.arange(0, BLOCK_D)
-            x = turned(query, turn, b, h, m, h < heads, position, D, BLOCK_D)
+            x = turned(query, turn, b, h, m, h < heads, at, D, BLOCK_D)
             p = out.p + b * out.b + m * out.m + (h * out.h)[:, None] + d[None, :]
             tl.store(p, x.to(out.p.dtype.element_ty), mask=(h < heads)[:, None] & (d < D)[None, :])
 
@@ -173,6 +176,7 @@ def store_of(spec: DecodeSpec, cache: Cache, arch: str | None) -> Store:
         value_scale=_view(cache.value_scale),
         table=table,
         lengths=cache.lengths,
+        dropped=cache.dropped if isinstance(cache, KVCache) else None,
         capacity=spec.capacity,
         **_store_constants(spec.page_size, spec.kv_dtype, arch),
     )

@@ -47,6 +47,7 @@ class Store(NamedTuple):
     value_scale: Any
     table: Any  # Table or None
     lengths: Any  # [B] int32 or int64
+    dropped: Any  # [B] likewise, or None: tokens that stood before the first one
     capacity: Any
     PAGE: Any  # constexpr; 0 for a dense cache
     KIND: Any  # constexpr: "float", "int8", "e4m3"

@@ -1,0 +1,23 @@
+"""Key/value caches, dense and paged, and the vocabulary of decoding: one call's tensors and its description."""
+
+from .call import DecodeInputs, DecodeSpec
+from .dense import KVCache
+from .paged import PagedKVCache
+from .pages import PagePool
+from .storage import KV_DTYPES, LIMITS, bits, refuse, storable
+
+Cache = KVCache | PagedKVCache
+
+__all__ = [
+    "KV_DTYPES",
+    "LIMITS",
+    "Cache",
+    "DecodeInputs",
+    "DecodeSpec",
+    "KVCache",
+    "PagePool",
+    "PagedKVCache",
+    "bits",
+    "refuse",
+    "storable",
+]

@@ -1,0 +1,182 @@
+"""The pages of a pool against sequences that are plain lists, through random histories."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from fused_attention.backends import reference_decode
+from fused_attention.cache import PagedKVCache, PagePool
+from fused_attention.decode import decode_attention
+from fused_attention.dispatch import use_backend
+from fused_attention.spec import ArgumentError
+
+PAGES, SIZE, MOST = 12, 3, 24  # pages, tokens a page, tokens a sequence
+
+
+class Histories(RuleBasedStateMachine):
+    """A sequence is a list of tokens, each a number of its own; the cache has to hold the same numbers.
+
+    Batches other than the cache's own decode too, so that tables and lengths on the device fall behind the pool's.
+    """
+
+    ids: Bundle[int] = Bundle("ids")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = PagedKVCache.managed(MOST, PAGES, 2, SIZE, 2, dtype=torch.float64)
+        self.model: dict[int, list[float]] = {}
+        self.token = 0.0
+
+    def _needed(self, batch: list[int], rows: int) -> int:
+        """Pages that appending takes: for new tokens, and for copies of pages that are shared and not full."""
+        pool, needed = self.cache.pool, 0
+        holders = {p: pool.holders(p) for s in batch for p in pool.pages(s)}
+        for s in batch:
+            pages, length = pool.pages(s), pool.length(s)
+            needed += max(-(-(length + rows) // SIZE) - len(pages), 0)
+            if rows and length % SIZE and holders[pages[length // SIZE]] > 1:
+                holders[pages[length // SIZE]] -= 1
+                needed += 1
+        return needed
+
+    @rule(target=ids, count=st.integers(0, 2))
+    def add(self, count: int) -> Any:
+        new = self.cache.add(count)
+        self.model |= {i: [] for i in new}
+        return multiple(*new)
+
+    @rule(target=ids, sequence=ids, share=st.none() | st.floats(0, 1))
+    def fork(self, sequence: int, share: float | None) -> Any:
+        if sequence not in self.model:
+            with pytest.raises(ArgumentError, match="sequence"):
+                self.cache.fork(sequence)
+            return multiple()
+        whole = self.model[sequence]
+        tokens = None if share is None else int(share * len(whole))
+        new = self.cache.fork(sequence, tokens)
+        self.model[new] = whole[:tokens]
+        return new
+
+    @rule(sequence=ids)
+    def free(self, sequence: int) -> None:
+        if sequence in self.model:
+            self.cache.free(sequence)
+            del self.model[sequence]
+        else:
+            with pytest.raises(ArgumentError, match="sequence.*freed"):
+                self.cache.free(sequence)
+
+    @rule(sequence=consumes(ids))
+    def free_for_good(self, sequence: int) -> None:
+        self.free(sequence)
+
+    @rule(rows=st.integers(0, 5), data=st.data(), whole=st.booleans())
+    def append(self, rows: int, data: st.DataObject, whole: bool) -> None:
+        batch, cache = self.cache.sequences, self.cache
+        if not whole and batch:
+            batch = data.draw(st.lists(st.sampled_from(batch), unique=True))
+            cache = cache.select(batch)
+        new = torch.arange(self.token, self.token + len(batch) * rows, dtype=torch.float64).reshape(
+            len(batch), 1, rows, 1
+        )
+        new = new.expand(len(batch), 2, rows, 2)
+        short = any(len(self.model[s]) + rows > MOST for s in batch)
+        if short or self._needed(batch, rows) > cache.pool.free_pages:
+            before = copy.deepcopy(vars(cache.pool))
+            with use_backend("reference"), pytest.raises(ArgumentError, match="cache"):
+                decode_attention(new, cache, new, -new)
+            assert vars(cache.pool) == before, "a refused call took something"
+            return
+        with use_backend("reference"):
+            decode_attention(new, cache, new, -new)
+        self.token += new[:, 0, :, 0].numel()
+        for s, tokens in zip(batch, new[:, 0, :, 0].tolist(), strict=True):
+            self.model[s] += tokens
+
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        ids = self.cache.sequences
+        order = data.draw(st.lists(st.integers(0, max(len(ids) - 1, 0)), min_size=len(ids), max_size=len(ids)))
+        self.cache.reorder(order)
+        self.model |= {s: list(self.model[ids[i]]) for s, i in zip(ids, order, strict=True)}
+
+    @rule(tokens=st.integers(0, 10))
+    def truncate(self, tokens: int) -> None:
+        self.cache.truncate(tokens)
+        for s in self.cache.sequences:
+            del self.model[s][tokens:]
+
+    @invariant()
+    def holds_the_same_tokens(self) -> None:
+        cache = self.cache
+        cache.refresh()
+        assert cache.sequences == list(self.model)
+        assert cache.lengths.tolist() == [len(t) for t in self.model.values()]
+        columns = max((len(t) for t in self.model.values()), default=0)
+        key, value = reference_decode.dense(cache, columns, torch.float64)
+        for b, tokens in enumerate(self.model.values()):
+            found = torch.cat([key[b, :, : len(tokens)], -value[b, :, : len(tokens)]])
+            wanted = torch.tensor(tokens, dtype=torch.float64)[None, :, None].expand_as(found)
+            assert torch.equal(found, wanted)
+
+    @invariant()
+    def no_page_is_lost(self) -> None:
+        pool = self.cache.pool
+        held = [p for s in pool.sequences for p in pool.pages(s)]
+        assert [pool.holders(p) for p in range(PAGES)] == [held.count(p) for p in range(PAGES)]
+        assert pool.free_pages + len(set(held)) == PAGES
+        if not self.model:
+            assert pool.free_pages == PAGES
+
+
+Histories.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestHistories = Histories.TestCase
+
+
+def test_full_pages_stay_shared() -> None:
+    """A fork takes no page; then each of three holders of a page that is not full but the last copies it."""
+    pool = PagePool(8, 4)
+    a = pool.add()
+    assert pool.make_room([a], 10) == []
+    pool.advance([a], 10)
+    b, c = pool.fork(a), pool.fork(a, 9)
+    assert pool.free_pages == 5 and [pool.holders(p) for p in pool.pages(a)] == [3, 3, 3]
+    full, last = pool.pages(a)[:2], pool.pages(a)[2]
+    copies = pool.make_room([a, b, c], 1)
+    assert [source for source, _ in copies] == [last, last] and pool.pages(c)[2] == last
+    assert [pool.pages(s)[:2] for s in (a, b, c)] == [full] * 3
+    assert pool.free_pages == 3
+
+
+def test_a_prefix_of_whole_pages_is_never_copied() -> None:
+    pool = PagePool(8, 4)
+    a = pool.add()
+    pool.make_room([a], 11)
+    pool.advance([a], 11)
+    b = pool.fork(a, 8)
+    assert pool.make_room([a, b], 1) == []
+    assert pool.pages(b)[:2] == pool.pages(a)[:2] and pool.pages(b)[2] != pool.pages(a)[2]
+
+
+def test_room_taken_in_advance_is_not_shared() -> None:
+    """What make_room took for a step that never came belongs to one sequence, also after a fork and a reorder."""
+    pool = PagePool(8, 4)
+    a = pool.add()
+    pool.make_room([a], 9)
+    pool.advance([a], 2)
+    b = pool.fork(a)
+    assert len(pool.pages(a)) == 3 and len(pool.pages(b)) == 1
+    pool.reorder([a, b], [1, 0])
+    assert pool.free_pages == 7
+    pool.free(a)
+    pool.free(b)
+    assert pool.free_pages == 8
