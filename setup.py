@@ -7,7 +7,7 @@ Environment:
   MAX_JOBS                      parallel compilations (default: ninja's)
   FUSED_ATTENTION_CUDA          1: build the CUDA kernels or fail; 0: leave them out (default: if there is an nvcc)
   FUSED_ATTENTION_CUDA_ARCHS    what they are compiled for, such as "80;86;120" (default: 80, which serves sm_86 and
-                                sm_89 too)
+                                sm_89 too, and 90a where nvcc knows it)
   CUDACXX                       the CUDA compiler (default: nvcc on the path, or in CUDA_HOME/bin)
   FUSED_ATTENTION_REQUIRE_EXT   1: a build without the extension is an error instead of a note
   FUSED_ATTENTION_SANITIZE      such as "address,undefined": build with these sanitizers
@@ -76,7 +76,9 @@ class Cuda(NamedTuple):
     library: Path  # the static runtime
 
 
+# Those that run on every chip from sm_80 on, and those that need what sm_90a alone has.
 CUDA_KERNELS = ["forward_sm80", "key_gradient_sm80", "query_gradient_sm80", "decode_sm80"]
+HOPPER_KERNELS = ["forward_sm90"]
 
 
 def find_compiler() -> list[str]:
@@ -118,9 +120,13 @@ def _find_cuda() -> Cuda:
     compiler = next((c for c in map(shlex.split, candidates) if shutil.which(c[0])), None)
     if compiler is None:
         raise BuildError(f"no CUDA compiler found (tried {', '.join(candidates)})")
-    archs = [a.strip() for a in os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "80").replace(",", ";").split(";")]
-    dry = [*compiler, *arch_flags(archs), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-    told = subprocess.run(dry, capture_output=True, text=True)
+    asked_archs = os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "").replace(",", ";")
+    choices = [[a.strip() for a in asked_archs.split(";")]] if asked_archs else [["80", "90a"], ["80"]]
+    for archs in choices:
+        dry = [*compiler, *arch_flags(archs), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        told = subprocess.run(dry, capture_output=True, text=True)
+        if not told.returncode:
+            break
     settings = dict(
         line[3:].split("=", 1) for line in told.stderr.splitlines() if line.startswith("#$ ") and "=" in line
     )
@@ -141,12 +147,24 @@ def arch_flags(archs: list[str]) -> list[str]:
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
 
 
+def common_arch_flags(archs: list[str]) -> list[str]:
+    """For kernels that every chip runs: on one whose own instructions they do not use they are those of sm_80."""
+    own = [arch for arch in archs if arch.isdigit() and arch != "80"]
+    codes = ["sm_80"] * ("80" in archs) + [f"sm_{a.rstrip('af')}" for a in archs if not a.isdigit()]
+    shared = [f"-gencode=arch=compute_80,code=[{','.join(codes)}]"] if codes else []
+    return [*shared, *arch_flags(own)]
+
+
 def cuda_units(cuda: Cuda) -> list[Unit]:
+    hopper = "90a" in cuda.archs
     built = [f"-DFA_CUDA_ARCHS={';'.join(cuda.archs)}", f"-DFA_CUDA_COMPILER=nvcc {cuda.version}"]
+    built += ["-DFA_HAVE_SM90=1"] if hopper else []
+    kernels = [(name, common_arch_flags(cuda.archs)) for name in CUDA_KERNELS]
+    kernels += [(name, arch_flags(["90a"])) for name in HOPPER_KERNELS if hopper]
     return [
         Unit("csrc/cuda/plan.cpp", "cuda_plan.o", []),
         Unit("csrc/cuda/launch.cpp", "cuda_launch.o", ["-isystem", str(cuda.include), *built]),
-        *(Unit(f"csrc/cuda/{name}.cu", f"{name}.o", arch_flags(cuda.archs), "nvcc") for name in CUDA_KERNELS),
+        *(Unit(f"csrc/cuda/{name}.cu", f"{name}.o", flags, "nvcc") for name, flags in kernels),
     ]
 
 

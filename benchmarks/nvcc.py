@@ -8,6 +8,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 FILES = {  # by how the names of their kernels begin
+    "forward_sm90": "forward_sm90",
     "forward_": "forward_sm80",
     "key_": "key_gradient_sm80",
     "value_": "key_gradient_sm80",

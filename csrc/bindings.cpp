@@ -77,6 +77,8 @@ static const Field kFields[] = {
     FIELD(key_ends, address),
     FIELD(total_rows, int64),
     FIELD(total_keys, int64),
+    FIELD(arch, int32),
+    FIELD(processors, int32),
     FIELD(mask_shares, int64),
     FIELD(bias_shares, int64),
     FIELD(cached, flag),
@@ -256,13 +258,18 @@ static void call(const py::dict& args) {
 }
 
 #ifdef FA_HAVE_CUDA
-// What would be launched: [(kernel, blocks, threads, bytes of shared memory, the kernel's argument), ...].
+// What would be launched: [(kernel, blocks, threads, bytes of shared memory, the kernel's argument, tensor maps), ...].
+// A tensor map: (its offset in the argument, address, dtype code, dims, strides in bytes, box), the innermost dim first.
 template <class Params, std::vector<cuda::Launch> (*PLAN)(const Params&)>
 static py::list cuda_plan(const py::dict& args) {
   py::list found;
   for (const cuda::Launch& l : PLAN(parse<Params>(args))) {
     const py::bytes params(reinterpret_cast<const char*>(l.params.data()), l.params.size());
-    found.append(py::make_tuple(l.kernel, l.grid, l.threads, l.shared_bytes, params));
+    py::list maps;
+    for (const cuda::MapPlan& m : l.maps)
+      maps.append(py::make_tuple(m.offset, reinterpret_cast<uintptr_t>(m.address), static_cast<int>(m.dtype), m.dims,
+                                 m.strides, m.box));
+    found.append(py::make_tuple(l.kernel, l.grid, l.threads, l.shared_bytes, params, maps));
   }
   return found;
 }

@@ -76,6 +76,8 @@ struct AttentionParams {
   const int64_t* row_ends = nullptr;         // [B]  packed: blocks of rows of order[0] .. order[i] together
   const int64_t* key_ends = nullptr;         // [B]  packed: blocks of keys, likewise
   int64_t total_rows = 0, total_keys = 0;    // packed: rows of q and of k over all sequences
+  int32_t arch = 80;                         // of the kernels: 80 or 90
+  int32_t processors = 1;                    // multiprocessors, for kernels whose CTAs stay
   int64_t mask_shares = 0, bias_shares = 0;  // dmask, dbias are [shares, ...], dense: parts that are added afterwards
 
   // On a CPU: k and v are those of a cache, of any dtype but f64 and boolean. At most 16 rows, forward only.

@@ -137,6 +137,8 @@ def _plain_gradients(
     names = sorted(spec.gradients)
     leaves = _leaves(x, names)
     out = reference.forward(spec, leaves, compute_dtype=dtype)
+    if not names:
+        return out, {}
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, grads, strict=True) if o is not None and g is not None]
     alive = torch.isfinite(out.lse)
     pairs[1] = (torch.where(alive, out.lse, 0.0), pairs[1][1] * alive)

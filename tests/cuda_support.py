@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc makes them for sm_80, in the PTX emulator, in place of a GPU.
+"""The CUDA kernels as nvcc makes them for sm_80 and sm_90a, in the PTX emulator, in place of a GPU.
 
 The launches are those of the extension: kernel, grid, shared memory and argument come from the plan that a GPU would be
 given (csrc/cuda/plan.h).
@@ -6,6 +6,7 @@ given (csrc/cuda/plan.h).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def _sources_hash() -> str:
 
 
 def ptx(source: str, *defines: str) -> str:
-    """The PTX of a source for sm_80; kept on disk."""
+    """The PTX of a source for the chip in its name; kept on disk."""
     compiler = nvcc()
     assert compiler is not None
     folder = cache_folder()
@@ -50,7 +52,8 @@ def ptx(source: str, *defines: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "code.ptx")
-            flags = ["-std=c++17", "-O3", "-arch=sm_80", "-ptx", *(f"-D{d}" for d in defines)]
+            arch = "sm_90a" if source.endswith("_sm90") else "sm_80"
+            flags = ["-std=c++17", "-O3", f"-arch={arch}", "-ptx", *(f"-D{d}" for d in defines)]
             command = [*compiler, *flags, "-o", str(made), str(SOURCES / f"{source}.cu")]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, target)
@@ -81,6 +84,31 @@ def _bits(t: Tensor) -> Tensor:
     return t if t.dtype == torch.bool else t.view(kinds[t.element_size()])
 
 
+Map = tuple[int, int, int, list[int], list[int], list[int]]
+
+
+def tensor_map(plan: Map) -> bytes:
+    """What the driver would encode for a tensor map of a plan."""
+    _, address, _, dims, strides, box = plan
+    steps = [2, *strides]
+    elements = sum((n - 1) * s for n, s in zip(dims, steps, strict=True)) // 2 + 1
+    memory = (ctypes.c_uint16 * elements).from_address(address)
+    array = np.ndarray(dims[::-1], np.uint16, memory, strides=steps[::-1])
+    return bytes(emu.TensorMap(array, box, swizzle=128))
+
+
+def with_maps(argument: bytes, maps: list[Map]) -> bytes:
+    """A kernel's argument with the tensor maps of its plan written into it."""
+    written = bytearray(argument)
+    for plan in maps:
+        written[plan[0] : plan[0] + 128] = tensor_map(plan)
+    return bytes(written)
+
+
+# Bytes of shared memory that the kernels of a chip may use; those for sm_80 run on sm_86, too.
+MOST_SHARED = {"sm80": 99 * 1024, "sm90": 227 * 1024}
+
+
 class Emulator:
     """Takes the place of `cuda.run`: runs every launch of a call under each schedule in turn.
 
@@ -93,8 +121,9 @@ class Emulator:
 
     def __call__(self, kind: str, call: Call, where: Tensor) -> None:
         assert params._C is not None
-        for kernel, grid, threads, shared, argument in getattr(params._C, f"cuda_plan_{kind}")(call.args):
-            assert shared <= 99 * 1024, "more shared memory than sm_86 has"
+        for kernel, grid, threads, shared, argument, maps in getattr(params._C, f"cuda_plan_{kind}")(call.args):
+            assert shared <= MOST_SHARED["sm90" if "_sm90_" in kernel else "sm80"], "more shared memory than there is"
+            argument = with_maps(argument, maps)
             first: list[Tensor] = []
             for seed in self.seeds:
                 report = module(kernel).launch(
@@ -119,10 +148,13 @@ class Emulator:
 
 
 @contextmanager
-def emulated(monkeypatch: pytest.MonkeyPatch, seeds: Iterable[int] = (0,)) -> Iterator[Emulator]:
-    """Within: the backend `cuda` takes CPU tensors and runs in the emulator."""
+def emulated(
+    monkeypatch: pytest.MonkeyPatch, seeds: Iterable[int] = (0,), arch: int = 80, processors: int = 1
+) -> Iterator[Emulator]:
+    """Within: the backend `cuda` takes CPU tensors and runs in the emulator, as on so many multiprocessors."""
     emulator = Emulator(seeds)
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "unavailable", lambda device: None)
         patch.setattr(cuda, "run", emulator)
+        patch.setattr(cuda, "_chip", lambda index: {"arch": arch, "processors": processors})
         yield emulator

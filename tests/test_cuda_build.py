@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,23 @@ from .test_packaging import copy_tree, pip_install, run
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("forward_sm80", "key_gradient_sm80", "query_gradient_sm80", "decode_sm80")
-CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90")
-# One process compiles the PTX of a source, once for all chips.
-EACH = [pytest.param(n, marks=[pytest.mark.xdist_group(f"nvcc-{n}"), needs_nvcc]) for n in NAMES]
+# The chips that the kernels of a source run on. The first one is what their PTX is for.
+COMMON = ("sm_80", "sm_86", "sm_89", "sm_90")
+CHIPS = {
+    "forward_sm80": COMMON,
+    "key_gradient_sm80": COMMON,
+    "query_gradient_sm80": COMMON,
+    "decode_sm80": COMMON,
+    "forward_sm90": ("sm_90a",),
+}
+
+
+def _each(names: Iterable[str], *values: str) -> list[Any]:
+    """One process compiles the PTX of a source, once for all chips."""
+    return [pytest.param(n, *values, marks=[pytest.mark.xdist_group(f"nvcc-{n}"), needs_nvcc]) for n in names]
+
+
+HOPPER = [name for name in CHIPS if name.endswith("_sm90")]
 
 
 @functools.cache
@@ -47,7 +61,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     def intermediate(name: str) -> Path:
         made = folder / f"{name}.ptx"
         source = SOURCES / f"{name}.cu"
-        flags = ["-std=c++17", "-O3", "-arch=sm_80", "-Werror", "all-warnings", "-ptx"]
+        flags = ["-std=c++17", "-O3", f"-arch={CHIPS[name][0]}", "-Werror", "all-warnings", "-ptx"]
         subprocess.run([*(nvcc() or []), *flags, "-o", str(made), str(source)], check=True)
         return made
 
@@ -60,8 +74,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     return assembled
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(("name", "chip"), [p for name in CHIPS for c in CHIPS[name] for p in _each([name], c)])
 def test_no_kernel_spills(
     name: str, chip: str, compiled: Callable[[str, str], tuple[Path, str]], say: Callable[[str], None]
 ) -> None:
@@ -74,6 +87,7 @@ def test_no_kernel_spills(
     )
     assert len(kernels) == told.count("Compiling entry function") > 0
     assert not [k for k in kernels if k[1:4] != ("0", "0", "0")]
+    assert "Potential Performance Loss" not in told, told  # products of a warpgroup one after the other
     most = max(int(registers) for *_, registers in kernels)
     say(f"{name} for {chip}: {len(kernels)} kernels, no spills, {most} registers at most")
 
@@ -89,17 +103,24 @@ def _disassembler() -> str | None:
     return found
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_instructions(name: str, compiled: Callable[[str, str], tuple[Path, str]], say: Callable[[str], None]) -> None:
-    """Tensor cores on 16 x 8 x 16 tiles, asynchronous copies of 16 bytes, matrix loads; no local memory."""
+def _opcodes(cubin: Path) -> dict[str, Counter[str]]:
+    """The instructions of each kernel."""
     tool = _disassembler()
     if tool is None:
         pytest.skip("no cuobjdump, neither beside nvcc nor in a Triton wheel")
-    cubin, _ = compiled(name, "sm_80")
     listing = subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
     functions = re.split(r"Function : (\w+)", listing)[1:]
-    for kernel, code in zip(functions[::2], functions[1::2], strict=True):
-        used = Counter(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?([\w.]+)", code, re.MULTILINE))
+    return {
+        kernel: Counter(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?([\w.]+)", code, re.MULTILINE))
+        for kernel, code in zip(functions[::2], functions[1::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", _each(name for name in CHIPS if name not in HOPPER))
+def test_instructions(name: str, compiled: Callable[[str, str], tuple[Path, str]], say: Callable[[str], None]) -> None:
+    """Tensor cores on 16 x 8 x 16 tiles, asynchronous copies of 16 bytes, matrix loads; no local memory."""
+    found = _opcodes(compiled(name, "sm_80")[0])
+    for kernel, used in found.items():
         assert not [op for op in used if op.startswith(("STL", "LDL"))], kernel
         if not re.search(r"_d\d", kernel):  # sums over rows and their like
             continue
@@ -108,7 +129,20 @@ def test_instructions(name: str, compiled: Callable[[str, str], tuple[Path, str]
         assert any(op.startswith("LDSM.16") for op in used), kernel
         transposed = any(op.startswith("LDSM.16.MT88") for op in used)  # V, and the left operands of gradients
         assert transposed or kernel.startswith("additive_gradient"), kernel
-    say(f"{name}: {len(functions) // 2} kernels have HMMA.16816, LDGSTS and LDSM, and no local memory")
+    say(f"{name}: {len(found)} kernels have HMMA.16816, LDGSTS and LDSM, and no local memory")
+
+
+@pytest.mark.parametrize("name", _each(HOPPER))
+def test_instructions_of_sm_90a(
+    name: str, compiled: Callable[[str, str], tuple[Path, str]], say: Callable[[str], None]
+) -> None:
+    """Tensor cores from shared memory, tensor copies, registers shared out; no local memory, no mma of sm_80."""
+    found = _opcodes(compiled(name, "sm_90a")[0])
+    for kernel, used in found.items():
+        assert not [op for op in used if op.startswith(("STL", "LDL", "HMMA"))], kernel
+        for op in ("HGMMA.64x", "UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS."):
+            assert any(o.startswith(op) for o in used), f"{kernel} has no {op}"
+    say(f"{name}: {len(found)} kernels have HGMMA, UTMALDG and USETMAXREG, and no local memory")
 
 
 def test_without_nvcc_the_rest_is_built_and_one_line_says_so(tmp_path: Path) -> None:

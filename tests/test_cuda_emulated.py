@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,12 @@ def _poisoned_memory(poison: None) -> None:
     """torch.empty holds NaN here, so that what a kernel does not write is seen."""
 
 
-def grouped(dtypes: str, *values: object, name: str = "") -> list[object]:
+def grouped(dtypes: str, *values: object, name: str = "", group: str = "cuda") -> list[Any]:
     """Parameters with each dtype; those of a dtype run in one process under pytest-xdist, which compiles them once."""
     return [
-        pytest.param(*values, dtype, marks=pytest.mark.xdist_group(f"cuda-{dtype}"), id=f"{name or values[0]}-{dtype}")
+        pytest.param(
+            *values, dtype, marks=pytest.mark.xdist_group(f"{group}-{dtype}"), id=f"{name or values[0]}-{dtype}"
+        )
         for dtype in dtypes.split()
     ]
 

@@ -17,7 +17,7 @@ from .cuda_support import needs_kernels
 
 pytestmark = pytest.mark.fast
 
-SM_80 = Device("cuda", "sm_80")
+SM_80, SM_90 = Device("cuda", "sm_80"), Device("cuda", "sm_90")
 PLAIN = AttentionSpec(2, 8, 2, 300, 500, 64, 64, torch.bfloat16, 0.125)
 # What the largest kernels may use on sm_86, sm_89 and sm_12x.
 MOST_SHARED = 99 * 1024
@@ -93,16 +93,16 @@ def test_every_tile_fits_into_the_shared_memory_of_all_chips(dims: tuple[int, in
     forward = params._C.cuda_plan_forward(_args(spec, **more))  # type: ignore[union-attr]
     backward = params._C.cuda_plan_backward(_args(spec, **more, bias_shares=1))  # type: ignore[union-attr]
     assert len(forward) == 1 and len(backward) >= 3
-    for kernel, grid, threads, shared, argument in (*forward, *backward):
+    for kernel, grid, threads, shared, argument, maps in (*forward, *backward):
         assert shared <= MOST_SHARED, kernel
-        assert grid > 0 and threads % 32 == 0 and 0 < len(argument) <= 4096
+        assert grid > 0 and threads % 32 == 0 and 0 < len(argument) <= 4096 and not maps
 
 
 @needs_kernels
 def test_the_plan_follows_the_call(say: Callable[[str], None]) -> None:
     """128 rows a block; few rows of grouped heads share one; packed sequences have a bound on their blocks."""
     plan = params._C.cuda_plan_forward  # type: ignore[union-attr]
-    ((kernel, grid, threads, shared, _),) = plan(_args(PLAIN))
+    ((kernel, grid, threads, shared, *_),) = plan(_args(PLAIN))
     assert (kernel, grid, threads, shared) == ("forward_sm80_bf16_d64", 2 * 8 * 3, 128, 48 * 1024 + 16)
     ((kernel, grid, *_),) = plan(_args(replace(PLAIN, rows=40), softcap=3.0))
     assert (kernel, grid) == ("forward_sm80_bf16_d64_options", 2 * 2 * 2)
@@ -110,7 +110,87 @@ def test_the_plan_follows_the_call(say: Callable[[str], None]) -> None:
     assert plan(packed)[0][1] == 8 * min(2 * 3, 3 + 2)
     assert plan(_args(replace(PLAIN, batch=0))) == [] and plan(_args(replace(PLAIN, rows=0))) == []
     assert plan(_args(replace(PLAIN, columns=0)))[0][1] > 0  # zeros are written
-    say(f"explain would say: {cuda.plan(replace(PLAIN, gradients=frozenset({'query', 'key'})), SM_80)}")
+    for device in (SM_80, SM_90):
+        say(f"explain would say: {cuda.plan(replace(PLAIN, gradients=frozenset({'query', 'key'})), device)}")
+
+
+def _rows(spec: AttentionSpec, heads: int, rows: int, dims: int) -> tuple[int, ...]:
+    return (1 << 20, params.DTYPE_CODES[spec.dtype], heads * rows * dims, rows * dims, dims, 1)
+
+
+def _args_sm90(spec: AttentionSpec, **more: Any) -> dict[str, Any]:
+    """Arguments with dense tensors, for a chip of 132 multiprocessors."""
+    args = _args(spec, arch=90, processors=132)
+    args["q"] = _rows(spec, spec.heads, spec.rows, spec.head_dim)
+    args["k"] = _rows(spec, spec.kv_heads, spec.columns, spec.head_dim)
+    args["v"] = _rows(spec, spec.kv_heads, spec.columns, spec.value_dim)
+    return args | more
+
+
+@needs_kernels
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 80), (128, 128), (160, 8), (192, 128), (256, 256)])
+@pytest.mark.parametrize("terms", [False, True])
+def test_the_plan_for_sm_90(dims: tuple[int, int], terms: bool) -> None:
+    spec = replace(PLAIN, head_dim=dims[0], value_dim=dims[1])
+    bias: dict[str, Any] = {"bias": (16, 0, 1, 1, 1, 1)} if terms else {}
+    plan = params._C.cuda_plan_forward  # type: ignore[union-attr]
+    ((kernel, grid, threads, shared, argument, maps),) = plan(_args_sm90(spec, **bias))
+    tile = 64 if max(dims) <= 64 else 128 if max(dims) <= 128 else 256
+    assert kernel == f"forward_sm90_bf16_d{tile}{'_options' if terms else ''}"
+    assert (grid, threads) == (2 * 8 * 3, 384) and shared <= 227 * 1024 and len(argument) <= 4096
+    assert plan(_args_sm90(replace(spec, rows=5000), **bias))[0][1] == 132
+    # The innermost dimension first: columns, rows, heads, batch.
+    for (offset, address, code, sizes, strides, box), (heads, rows, columns) in zip(
+        maps, ((8, 300, dims[0]), (2, 500, dims[0]), (2, 500, dims[1])), strict=True
+    ):
+        assert offset % 64 == 0 and offset + 128 <= len(argument) and address == 1 << 20 and code == 1
+        assert sizes == [columns, rows, heads, 2]
+        assert strides == [2 * columns, 2 * columns * rows, 2 * columns * rows * heads]
+        assert box[0] * 2 == 128 and all(0 < n <= 256 for n in box)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "sm90"),
+    [
+        ({}, True),
+        ({"k": (1 << 20, 1, 0, 64 * 500, 64, 1)}, True),  # one batch element for all
+        ({"v": (1 << 20, 1, 64 * 1000, 0, 64, 1)}, True),
+        ({"k": ((1 << 20) + 2, 1, 64 * 1000, 64 * 500, 64, 1)}, False),  # the address
+        ({"q": (1 << 20, 1, 65 * 2400, 65 * 300, 65, 1)}, False),  # rows of 130 bytes
+        ({"v": (1 << 20, 1, 64 * 1000, 64 * 500 + 4, 64, 1)}, False),  # heads
+        ({"k": (1 << 20, 1, 64, 64, 0, 1)}, False),  # rows that share memory
+        ({"k": (1 << 20, 1, 1 << 40, 64 * 500, 64, 1)}, False),  # farther than a tensor map can say
+        ({"q": (1 << 20, 1, -64, 64 * 300, 64, 1)}, False),
+        ({"N": 0}, False),
+        ({"arch": 80}, False),
+    ],
+)
+def test_what_the_copy_engine_cannot_read_is_left_to_the_kernels_for_sm_80(change: dict[str, Any], sm90: bool) -> None:
+    args = _args_sm90(PLAIN) | change
+    kernel = params._C.cuda_plan_forward(args)[0][0]  # type: ignore[union-attr]
+    assert kernel == ("forward_sm90_bf16_d64" if sm90 else "forward_sm80_bf16_d64")
+    # Few rows of grouped heads: as many rows to a block as the kernel that runs takes.
+    args |= {"M": 100, "D": 224, "DV": 224}
+    rows, group, *_ = params._C.cuda_blocks(args)  # type: ignore[union-attr]
+    assert (rows, group) == ((128, 4) if sm90 else (64, 1))
+
+
+@needs_kernels
+def test_packed_sequences_have_one_map_for_all() -> None:
+    packed = _args_sm90(PLAIN, cu_seqlens_q=16, cu_seqlens_k=16, total_rows=310, total_keys=510)
+    for name in ("q", "k", "v"):
+        packed[name] = (*packed[name][:2], 0, *packed[name][3:])
+    ((_, grid, *_, maps),) = params._C.cuda_plan_forward(packed)  # type: ignore[union-attr]
+    assert grid == 8 * min(2 * 3, 3 + 2)
+    assert [m[3] for m in maps] == [[64, 310, 8, 1], [64, 510, 2, 1], [64, 510, 2, 1]]
+
+
+def test_the_kernels_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "architectures", lambda: ("80", "90a"))
+    assert [cuda._kernel_arch(a) for a in ("sm_80", "sm_90", "sm_100", "")] == [80, 90, 80, 80]
+    monkeypatch.setattr(cuda, "architectures", lambda: ("80", "90"))
+    assert cuda._kernel_arch("sm_90") == 80
 
 
 @needs_kernels
@@ -118,6 +198,9 @@ def test_the_plan_follows_the_call(say: Callable[[str], None]) -> None:
 def test_a_launch_that_cannot_run_says_why() -> None:
     with pytest.raises(RuntimeError, match="forward_sm80_bf16_d64: cudaError"):
         params._C.cuda_forward(_args(PLAIN), 0)  # type: ignore[union-attr]
+    if "90a" in cuda.architectures():
+        with pytest.raises(RuntimeError, match="forward_sm90_bf16_d64: "):
+            params._C.cuda_forward(_args_sm90(PLAIN), 0)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="CUDA kernels: head dims up to 256"):
         params._C.cuda_forward(_args(replace(PLAIN, head_dim=300)), 0)  # type: ignore[union-attr]
 

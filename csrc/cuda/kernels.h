@@ -8,6 +8,7 @@
   #define FA_BACKWARD_DIMS(X) X(FA_HEAD_DIM)
   #define FA_ADDITIVE_DIMS(X) X(FA_HEAD_DIM)
   #define FA_DECODE_DIMS(X) X(FA_HEAD_DIM)
+  #define FA_HOPPER_DIMS(X) X(FA_HEAD_DIM)
   #if FA_HEAD_DIM <= 128
     #define FA_TOGETHER_DIMS(X) X(FA_HEAD_DIM)
     #define FA_APART_DIMS(X)
@@ -22,6 +23,7 @@
   #define FA_APART_DIMS(X) X(192) X(256)
   #define FA_ADDITIVE_DIMS(X) X(64) X(128) X(256)
   #define FA_DECODE_DIMS(X) X(64) X(128) X(256)
+  #define FA_HOPPER_DIMS(X) X(64) X(128) X(256)
 #endif
 
 #define FA_TYPE_bf16 Bf16
@@ -44,6 +46,13 @@
     extern __shared__ __align__(128) char shared[];                                    \
     __VA_ARGS__;                                                                       \
   }
+
+// One for sm_90, whose warpgroups share out the registers among themselves; tiles of tensor maps lie at multiples of 1024.
+#define FA_HOPPER_KERNEL(name, Params, ...)                                                                   \
+  extern "C" __global__ void __launch_bounds__(32 * kHopperWarps, 1) name(const __grid_constant__ Params p) { \
+    extern __shared__ __align__(1024) char shared[];                                                          \
+    __VA_ARGS__;                                                                                              \
+  }
 #define FA_LIST(name) {#name, reinterpret_cast<const void*>(name)},
 
 namespace fused_attention::cuda {
@@ -57,5 +66,6 @@ extern const Kernel kForwardSm80[];
 extern const Kernel kKeyGradientSm80[];
 extern const Kernel kQueryGradientSm80[];
 extern const Kernel kDecodeSm80[];
+extern const Kernel kForwardSm90[];
 
 }  // namespace fused_attention::cuda

@@ -8,7 +8,7 @@
 namespace fused_attention::cuda {
 
 // Starts the launches in order on a stream (a cudaStream_t) and waits for nothing. Returns what went wrong; empty: nothing.
-std::string run(const std::vector<Launch>& launches, void* stream);
+std::string run(std::vector<Launch> launches, void* stream);
 
 // The architectures that the kernels are compiled for, such as "80;90a", and by which compiler.
 const char* built_architectures();

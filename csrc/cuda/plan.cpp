@@ -1,8 +1,11 @@
 #include "plan.h"
 
+#include <cstddef>
 #include <cstring>
 
 #include "additive_params.h"
+#include "hopper_params.h"
+#include "maps.h"
 #include "tiles.h"
 
 namespace fused_attention::cuda {
@@ -11,7 +14,7 @@ namespace {
 
 template <class Params>
 Launch make_launch(std::string kernel, int64_t grid, int warps, int shared_bytes, const Params& p) {
-  Launch launch{std::move(kernel), grid, 32 * warps, shared_bytes, std::vector<unsigned char>(sizeof(Params))};
+  Launch launch{std::move(kernel), grid, 32 * warps, shared_bytes, std::vector<unsigned char>(sizeof(Params)), {}};
   std::memcpy(launch.params.data(), &p, sizeof(Params));
   return launch;
 }
@@ -43,13 +46,60 @@ int64_t all_blocks(const AttentionParams& p, int64_t longest, int64_t total, int
 }
 
 // Query heads whose rows share a block: where queries are few, all those that read the same keys.
-int64_t heads_together(const AttentionParams& p, const Tile& tile) {
+int64_t heads_together(const AttentionParams& p, int rows) {
   const int64_t group = p.HK ? p.H / p.HK : 1;
-  return p.M < tile.rows ? group : 1;
+  return p.M < rows ? group : 1;
 }
 
-std::string name_of(const char* kernel, DType dtype, int d) {
-  return std::string(kernel) + "_sm80_" + dtype_name(dtype) + "_d" + std::to_string(d);
+std::string name_of(const char* kernel, DType dtype, int d, int arch = 80) {
+  return std::string(kernel) + "_sm" + std::to_string(arch) + "_" + dtype_name(dtype) + "_d" + std::to_string(d);
+}
+
+RowsOf rows_of(const AttentionParams& p, const Tensor& t, bool keys) {
+  const bool packed = p.cu_seqlens_q;
+  return {t, packed ? 1 : p.B, keys ? p.HK : p.H,
+          packed ? (keys ? p.total_keys : p.total_rows)
+          : keys ? p.N
+                 : p.M,
+          &t == &p.v ? p.DV : p.D};
+}
+
+// Whether the kernels for sm_90 take a call: those for sm_80, which run there too, take what the copy engine cannot read.
+bool on_hopper(const AttentionParams& p) {
+  if (p.arch != 90 || p.M == 0 || p.N == 0 || p.HK == 0) return false;
+  // Of packed sequences the totals come later than this question; as long as there are rows they do not matter to it.
+  AttentionParams some = p;
+  some.total_rows = some.total_keys = 2;
+  return can_map(rows_of(some, some.q, false)) && can_map(rows_of(some, some.k, true)) &&
+         can_map(rows_of(some, some.v, true));
+}
+
+// Heads whose blocks are sorted together: where later rows have more work, as many as have k and v in half of the L2
+// cache of 50 MiB; else one after the other.
+int64_t heads_of_section(const AttentionParams& p, int64_t together) {
+  if (p.window_right >= kFar) return 1;
+  const int64_t bytes = 2 * p.N * (p.D + p.DV), fit = (int64_t{24} << 20) / bytes;
+  return (fit > 1 ? fit : 1) * (p.H / p.HK / together);
+}
+
+std::vector<Launch> plan_forward_hopper(const AttentionParams& p) {
+  const int d = hopper_dim(p.D, p.DV);
+  const bool options = has_options(p);
+  const HopperTile tile = hopper_tile(d, options);
+  const int64_t together = heads_together(p, tile.rows), heads = p.H / together;
+  const int64_t blocks = heads * all_blocks(p, p.M * together, p.total_rows * together, tile.rows);
+  if (!blocks) return {};
+  HopperParams argument{};
+  argument.p = p;
+  argument.blocks = static_cast<int32_t>(blocks);
+  argument.section = static_cast<int32_t>(min_of(heads_of_section(p, together), p.B * heads));
+  const std::string name = name_of("forward", p.q.dtype, d, 90);
+  Launch launch = make_launch(options ? name + "_options" : name, min_of(blocks, p.processors), kHopperWarps,
+                              hopper_shared(d, options, has_terms(p)), argument);
+  launch.maps = {make_map(rows_of(p, p.q, false), offsetof(HopperParams, q), 64),
+                 make_map(rows_of(p, p.k, true), offsetof(HopperParams, k), tile.keys),
+                 make_map(rows_of(p, p.v, true), offsetof(HopperParams, v), tile.keys)};
+  return {launch};
 }
 
 // What one kernel call sums, and the tiles of its result.
@@ -139,19 +189,22 @@ std::string refusal(const AppendParams& p) {
 }
 
 Blocks block_sizes(const AttentionParams& p) {
-  const Tile forward = forward_tile(tile_dim(p.D, p.DV), has_options(p));
+  const bool options = has_options(p);
+  const int rows =
+      on_hopper(p) ? hopper_tile(hopper_dim(p.D, p.DV), options).rows : forward_tile(tile_dim(p.D, p.DV), options).rows;
   const int d = backward_dim(p.D, p.DV);
-  return {forward.rows, query_gradient_tile(d).rows, key_gradient_tile(d).keys, heads_together(p, forward)};
+  return {rows, query_gradient_tile(d).rows, key_gradient_tile(d).keys, heads_together(p, rows)};
 }
 
 Shares additive_shares(const AttentionParams& p) { return {shares_of(p, p.dmask), shares_of(p, p.dbias)}; }
 
 std::vector<Launch> plan_forward(const AttentionParams& given) {
   const AttentionParams p = normalised(given);
+  if (on_hopper(p)) return plan_forward_hopper(p);
   const int d = tile_dim(p.D, p.DV);
   const bool options = has_options(p);
   const Tile tile = forward_tile(d, options);
-  const int64_t together = heads_together(p, tile);
+  const int64_t together = heads_together(p, tile.rows);
   const int64_t grid = p.H / together * all_blocks(p, p.M * together, p.total_rows * together, tile.rows);
   if (!grid) return {};
   const std::string name = name_of("forward", p.q.dtype, d);

@@ -1,6 +1,7 @@
 // From a call to launches: which kernels, on which grid, with how much shared memory. Numbers only, no CUDA: the same
 // plan is launched on a GPU and run by an emulator where there is none.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -10,12 +11,23 @@
 
 namespace fused_attention::cuda {
 
+// A tensor map that is to be written into a kernel's argument: boxes with 128-byte swizzle, what is outside reads as 0.
+struct MapPlan {
+  int offset;  // in the argument
+  const void* address;
+  DType dtype;
+  std::array<int64_t, 4> dims;     // the innermost first
+  std::array<int64_t, 3> strides;  // bytes
+  std::array<int, 4> box;
+};
+
 struct Launch {
   std::string kernel;
   int64_t grid;  // one dimension
   int threads;
   int shared_bytes;
   std::vector<unsigned char> params;  // the kernel's one argument
+  std::vector<MapPlan> maps;
 };
 
 // Blocks in which the kernels of a call take rows and keys: what row_ends and key_ends of packed sequences count.

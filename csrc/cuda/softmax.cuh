@@ -20,6 +20,40 @@ struct RowState {
   }
 };
 
+// The row of a slot: s becomes p. Returns exp(t - t'), by which what has been summed so far shrinks.
+template <int MT, int NT>
+__device__ __forceinline__ float weigh_row(float (&s)[MT][NT][4], RowState<MT>& state, int mt, int half, float factor) {
+  float& top = state.top[2 * mt + half];
+  float here = top;
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) here = fmaxf(here, fmaxf(s[mt][nt][2 * half], s[mt][nt][2 * half + 1]));
+  here = quad_max(here);  // a NaN is no maximum, but makes p NaN
+  const float shift = here == -kInfinity ? 0.0f : here * factor;
+  const float fade = here == top ? 1.0f : exp2_fast(fmaf(top, factor, -shift));
+  top = here;
+  float sum = 0.0f;
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& x = s[mt][nt][2 * half + i];
+      x = exp2_fast(fmaf(x, factor, -shift));
+      sum += x;
+    }
+  float& total = state.total[2 * mt + half];
+  total = fmaf(total, fade, sum);
+  return fade;
+}
+
+template <int MT, int OT>
+__device__ __forceinline__ void shrink_row(float (&acc)[MT][OT][4], int mt, int half, float fade) {
+  if (!__any_sync(0xffffffffu, fade != 1.0f)) return;
+#pragma unroll
+  for (int ot = 0; ot < OT; ++ot)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) acc[mt][ot][2 * half + i] *= fade;
+}
+
 // s becomes p; acc, what has been summed so far, shrinks as the maximum grows.
 template <int MT, int NT, int OT>
 __device__ __forceinline__ void online_softmax(float (&s)[MT][NT][4], RowState<MT>& state, float (&acc)[MT][OT][4],
@@ -27,33 +61,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[MT][NT][4], RowState<M
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& top = state.top[2 * mt + half];
-      float here = top;
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) here = fmaxf(here, fmaxf(s[mt][nt][2 * half], s[mt][nt][2 * half + 1]));
-      here = quad_max(here);  // a NaN is no maximum, but makes p NaN
-      const float shift = here == -kInfinity ? 0.0f : here * factor;
-      const float fade = here == top ? 1.0f : exp2_fast(fmaf(top, factor, -shift));
-      top = here;
-      float sum = 0.0f;
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[mt][nt][2 * half + i];
-          x = exp2_fast(fmaf(x, factor, -shift));
-          sum += x;
-        }
-      float& total = state.total[2 * mt + half];
-      total = fmaf(total, fade, sum);
-      if (__any_sync(0xffffffffu, fade != 1.0f)) {
-#pragma unroll
-        for (int ot = 0; ot < OT; ++ot)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) acc[mt][ot][2 * half + i] *= fade;
-      }
-    }
+    for (int half = 0; half < 2; ++half) shrink_row(acc, mt, half, weigh_row(s, state, mt, half, factor));
 }
 
 // What ends a row: lse, and the factor by which its sums become outputs. A row that saw nothing gives -inf and 0.

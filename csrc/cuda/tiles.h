@@ -48,6 +48,38 @@ constexpr Tile forward_tile(int d, bool options) {
   }
 }
 
+// Forward on sm_90: q [rows, D] and stages of k and v [keys, D] pass from one warpgroup to two others, 64 rows each. All
+// registers and 227 KiB of shared memory are for one CTA a multiprocessor: a warpgroup computes with 232 registers a
+// thread, of which out takes D / 2, scores keys / 2, and the weights that are multiplied meanwhile keys / 4. Head dims 64,
+// 128 and 256. Where there is room, out has shared memory of its own on its way, so that the next q need not wait for it.
+// `options` want some 60 registers more.
+struct HopperTile {
+  int rows, keys, stages;
+  bool own_out;
+};
+constexpr HopperTile hopper_tile(int d, bool options) {
+  switch (d) {
+    case 64:  // 160 KiB, options 96; 32 + 64 + 32 registers
+      return {128, options ? 64 : 128, 4, true};
+    case 128:  // 192 KiB; 64 + 64 + 32 registers
+      return options ? HopperTile{128, 64, 4, true} : HopperTile{128, 128, 2, true};
+    default:  // 192 KiB; 128 + 32 + 16 registers
+      return options ? HopperTile{128, 32, 4, false} : HopperTile{128, 64, 2, false};
+  }
+}
+constexpr int kHopperWarps = 12, kHopperConsumers = 8;  // the producer's warpgroup has one warp that works
+constexpr int hopper_dim(long long d, long long dv) {
+  const int dim = tile_dim(d, dv);
+  return dim == 0 ? 0 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+// Tiles, mbarriers (full and empty of q, and of each stage of k and v), flags, strips.
+constexpr int kHopperBarrierBytes = 256;
+constexpr int kHopperFlags = 32;  // words: blocks that are to be taken again, one bit each
+constexpr int hopper_tiles(int d, bool options) {
+  const HopperTile t = hopper_tile(d, options);
+  return 2 * d * (t.rows * (t.own_out ? 2 : 1) + 2 * t.stages * t.keys);
+}
+
 // The backward kernels take their head dims in fewer steps, for the sake of compile time.
 constexpr int backward_dim(long long d, long long dv) {
   const int dim = tile_dim(d, dv);
@@ -144,6 +176,10 @@ constexpr int forward_shared(int d, bool options, bool terms) {
   const Tile t = forward_tile(d, options);
   const int strips = terms ? t.warps * strip_floats(t.rows / t.warps, t.keys, false) * 4 : 0;
   return t.rows * d * 2 + 2 * t.stages * t.keys * d * 2 + kFlagBytes + strips;
+}
+constexpr int hopper_shared(int d, bool options, bool terms) {
+  const int strips = terms ? kHopperConsumers * strip_floats(16, hopper_tile(d, options).keys, false) * 4 : 0;
+  return hopper_tiles(d, options) + kHopperBarrierBytes + kHopperFlags * 4 + kFlagBytes + strips;
 }
 constexpr int key_gradient_shared(int d, bool terms) {
   const Tile t = key_gradient_tile(d);

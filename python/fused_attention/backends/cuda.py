@@ -44,6 +44,18 @@ def _serves(arch: str) -> bool:
     return False
 
 
+def _kernel_arch(arch: str) -> int:
+    """Which kernels run on a chip: 90 for those that use what sm_90a alone has, else 80."""
+    return 90 if arch == "sm_90" and "90a" in architectures() else 80
+
+
+@functools.cache
+def _chip(index: int | None) -> dict[str, int]:
+    """The arguments that follow from the GPU."""
+    found = torch.cuda.get_device_properties(index)
+    return {"arch": _kernel_arch(f"sm_{found.major}{found.minor}"), "processors": found.multi_processor_count}
+
+
 def unavailable(device: Device) -> str | None:
     """None if kernels for `device` are built, otherwise the reason why not."""
     if device.type != "cuda":
@@ -81,11 +93,17 @@ def supports(spec: AttentionSpec, device: Device) -> str | None:
 
 
 def plan(spec: AttentionSpec, device: Device) -> str | None:
-    """The kernels that would be launched."""
+    """The kernels that would be launched, for tensors that are aligned to 16 bytes as new ones are."""
     assert _C is not None
-    args = describe(spec)
+    args = describe(spec) | {"arch": _kernel_arch(device.arch or "")}
     anywhere = 16  # nothing is read
-    tensors = {"q": spec.dtype, "mask": spec.mask, "bias": spec.bias}
+    tensors = {"mask": spec.mask, "bias": spec.bias}
+    for name, heads, rows, dims in (
+        ("q", spec.heads, spec.rows, spec.head_dim),
+        ("k", spec.kv_heads, spec.columns, spec.head_dim),
+        ("v", spec.kv_heads, spec.columns, spec.value_dim),
+    ):
+        args[name] = (anywhere, DTYPE_CODES[spec.dtype], heads * rows * dims, rows * dims, dims, 1)
     tensors["alibi"] = torch.float32 if spec.alibi_slopes else None
     for name, short in (("query", "dq"), ("key", "dk"), ("value", "dv")):
         tensors[short] = spec.dtype if name in spec.gradients else None
@@ -102,6 +120,7 @@ def plan(spec: AttentionSpec, device: Device) -> str | None:
 
 def _call(spec: AttentionSpec, x: Inputs) -> Call:
     call = call_of(spec, x)
+    call.args |= _chip(x.query.device.index)
     if spec.dropout_p > 0.0:
         assert x.seed is not None
         call.put_address("seed_at", x.seed)
