@@ -97,6 +97,7 @@ def test_import_is_light() -> None:
     code = (
         "import sys, fused_attention, torch\n"
         "assert 'triton' not in sys.modules, 'triton was imported'\n"
+        "assert 'transformers' not in sys.modules, 'transformers was imported'\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'torch._dynamo' not in sys.modules, 'the compiler was imported'\n"
     )

@@ -107,8 +107,7 @@ class _Double(nn.Module):
         return 2 * w
 
 
-def _parametrized() -> nn.Module:
-    module = nn.MultiheadAttention(E, H)
+def _parametrized(module: nn.Module) -> nn.Module:
     nn.utils.parametrize.register_parametrization(module, "in_proj_weight", _Double())
     return module
 
@@ -125,7 +124,7 @@ def _scripted() -> nn.Module:
 
 SKIPPED: dict[str, tuple[Any, str]] = {
     "subclass": (lambda: _Own(E, H), "subclass"),
-    "parametrized": (_parametrized, "parametrized"),
+    "parametrized subclass": (lambda: _parametrized(_Own(E, H)), "subclass"),
     "quantizable": (lambda: torch.ao.nn.quantizable.MultiheadAttention(E, H), "quantization"),
     "patched forward": (_patched, "forward was replaced"),
 }
@@ -174,6 +173,60 @@ def test_replaced_models_copy_and_pickle() -> None:
         assert other.again._qkv_same_embed_dim is False
 
 
+_PARAMETRIZED: dict[str, Any] = {
+    "a function": lambda m: _parametrized(m),
+    "weight norm": lambda m: nn.utils.parametrizations.weight_norm(m, "in_proj_weight"),
+    "spectral norm": lambda m: nn.utils.parametrizations.spectral_norm(m, "in_proj_weight"),
+    "of the last projection": lambda m: [nn.utils.parametrizations.weight_norm(m.out_proj), m][1],
+    "of the bias": lambda m: [nn.utils.parametrize.register_parametrization(m, "in_proj_bias", _Double()), m][1],
+}
+
+
+@pytest.mark.parametrize("name", _PARAMETRIZED)
+def test_parametrizations_go_on(name: str) -> None:
+    module = nn.MultiheadAttention(E, H)
+    module.in_proj_bias.data.normal_()
+    module = _PARAMETRIZED[name](module).eval()
+    x = torch.randn(3, 2, E)
+    state = copy.deepcopy(module.state_dict())
+    parameters = {n: id(p) for n, p in module.named_parameters()}
+    with torch.no_grad():
+        expected = module(x, x, x)[0]
+    assert fused.replace_attention(module).replaced == [""]
+    assert isinstance(module, fused.MultiheadAttention) and not module._qkv_same_embed_dim
+    assert {n: id(p) for n, p in module.named_parameters()} == parameters
+    assert list(module.state_dict()) == list(state)
+    torch.testing.assert_close(module(x, x, x)[0], expected)
+    torch.testing.assert_close(copy.deepcopy(module)(x, x, x)[0], expected)
+    module(x, x, x)[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    if hasattr(module, "parametrizations"):
+        for tensor in list(module.parametrizations):
+            nn.utils.parametrize.remove_parametrizations(module, tensor)
+        assert type(module) is fused.MultiheadAttention
+        torch.testing.assert_close(module(x, x, x)[0], expected)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["parametrized", "old weight norm"])
+def test_the_layer_around_a_normed_weight_does_not_bypass_us(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.TransformerEncoderLayer(E, H, 16, batch_first=True)
+    fused.replace_attention(layer)
+    if old:
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(layer.self_attn, "in_proj_weight")
+    else:
+        nn.utils.parametrizations.weight_norm(layer.self_attn, "in_proj_weight")
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *_, **__: calls.append("torch's"))
+    original = fused.MultiheadAttention.forward
+    monkeypatch.setattr(
+        fused.MultiheadAttention, "forward", lambda *a, **k: [calls.append("ours"), original(*a, **k)][1]
+    )
+    with torch.no_grad():
+        layer.eval()(torch.randn(2, 3, E))
+    assert calls == ["ours"]
+
+
 def test_weight_norm_of_the_old_kind_goes_on() -> None:
     module = nn.MultiheadAttention(E, H)
     with pytest.warns(FutureWarning):
@@ -183,3 +236,43 @@ def test_weight_norm_of_the_old_kind_goes_on() -> None:
     assert fused.replace_attention(module).replaced == [""]
     module.in_proj_weight_g.data.mul_(1.0)
     torch.testing.assert_close(module(x, x, x)[0], expected)
+
+
+def test_restore_is_the_way_back() -> None:
+    model = Model()
+    model.built = fused.MultiheadAttention(E, H)
+    nn.utils.parametrizations.weight_norm(model.cross, "in_proj_bias", dim=0)
+    kinds = {n: type(m).__name__ for n, m in model.named_modules()}
+    ids = {n: id(m) for n, m in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    swapped = fused.replace_attention(model)
+    for restored in (copy.deepcopy(model), model):
+        report = fused.restore_attention(restored)
+        assert report.replaced == swapped.replaced and "use_nested_tensor set to True again" in str(report)
+        assert {n: type(m).__name__ for n, m in restored.named_modules()} == kinds
+        assert type(restored.built) is fused.MultiheadAttention and restored.encoder.use_nested_tensor
+        assert type(restored.again) is nn.MultiheadAttention and restored.again._qkv_same_embed_dim
+        assert all(torch.equal(v, state[k]) for k, v in restored.state_dict().items())
+        assert fused.restore_attention(restored) == fused.ReplacementReport()
+    assert {n: id(m) for n, m in model.named_modules()} == ids
+    x = torch.randn(3, 2, E)
+    expected = model.again(x, x, x)[0]
+    fused.replace_attention(model)
+    torch.testing.assert_close(model.again(x, x, x)[0], expected)
+
+
+def test_whole_transformers_are_swapped() -> None:
+    """nn.Transformer: encoder, decoder and cross attention, the same results in every mode."""
+    torch.manual_seed(0)
+    theirs = nn.Transformer(E, H, 2, 2, 16, dropout=0.0, batch_first=True)
+    ours = copy.deepcopy(theirs)
+    report = fused.replace_attention(ours)
+    assert len(report.replaced) == 6 and not report.skipped
+    source, target = torch.randn(3, 5, E), torch.randn(3, 4, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    options = {"tgt_mask": mask, "tgt_is_causal": True}
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            expected = theirs.train(training)(source, target, **options)
+            out = ours.train(training)(source, target, **options)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from .nn import (
     SinusoidalPositionalEncoding,
     alibi_slopes,
     replace_attention,
+    restore_attention,
 )
 from .ops import fused_softmax, rope_qk_norm
 from .scores import key_scores
@@ -48,6 +49,7 @@ __all__ = [
     "key_scores",
     "pack_padded",
     "replace_attention",
+    "restore_attention",
     "rope_qk_norm",
     "scaled_dot_product_attention",
     "unpack_padded",

@@ -1,4 +1,4 @@
-"""`python -m fused_attention info`, `explain` and `tune`: what is here, what would run, and with which tiles."""
+"""`python -m fused_attention`: what is here, what would run, how exactly and how fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, bench, dispatch
+from . import __version__, bench, dispatch, parity
 from .backends import cpu
 from .backends.triton import tune
 from .spec import DIFFERENTIABLE, AttentionSpec, Device
@@ -166,9 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_explain(commands)
     tune.add_arguments(commands.add_parser("tune", help="time tile configs of the Triton kernels on the GPU at hand"))
     bench.add_arguments(commands.add_parser("bench", help="time ours beside its peers"))
+    parity.add_arguments(commands.add_parser("parity", help="check every backend here, feature by feature"))
     args = parser.parse_args(argv)
     if args.command == "bench":
         return bench.run(args)
+    if args.command == "parity":
+        return parity.run(args)
     if args.command == "tune":
         return tune.run(args)
     if args.command == "info" and args.features:

@@ -83,8 +83,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # The constructor asks before it registers any weight and gets the true answer.
-        return "in_proj_weight" not in self._parameters and bool(self.__dict__["_qkv_same_embed_dim"])
+        # The constructor asks before it makes the last projection and gets the true answer.
+        return "out_proj" not in self._modules and bool(self.__dict__["_qkv_same_embed_dim"])
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
