@@ -40,13 +40,17 @@ COMMON_FLAGS = [
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 # kernels.cpp is compiled once for each of these; dispatch.cpp chooses among them by cpuid.
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+]
 KERNEL_ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFA_AMX=1"],
+    # The same source with the matrix unit in plain C++, for tests on any processor: taken only when asked for by name.
+    "amx_emulated": ["-DFA_AMX=2", "-Wno-psabi"],
 }
 
 # Written into the package, and read by its backends, when there is no extension: why there is none.

@@ -304,10 +304,18 @@ static py::tuple cuda_shares(const py::dict& args) {
 
 static py::dict info() {
   py::dict d;
-  std::vector<std::string> isas;
-  for (const Kernels* k : supported_kernels()) isas.emplace_back(k->isa);
+  std::vector<std::string> isas, by_name;
+  py::dict refused;
+  for (const Variant& v : variants()) {
+    if (!v.refusal.empty())
+      refused[v.name] = v.refusal;
+    else
+      (v.automatic ? isas : by_name).emplace_back(v.name);
+  }
   d["isa"] = kernels().isa;
   d["isas"] = isas;
+  d["isas_for_tests"] = by_name;
+  d["isas_refused"] = refused;
 #if defined(__clang__)
   d["compiler"] = __VERSION__;
 #else
@@ -340,5 +348,8 @@ PYBIND11_MODULE(_C, m) {
         "what packed sequences are counted in: (forward rows, heads taken together there, backward rows, keys)",
         py::arg("args"));
 #endif
-  m.def("info", &info, "isa: the instruction set in use; isas: those to choose from, the best last; compiler; openmp");
+  m.def(
+      "info", &info,
+      "isa: the instruction set in use; isas: those to choose from, the best last; isas_for_tests: those taken by name "
+      "only; isas_refused: {name: why not}; compiler; openmp");
 }

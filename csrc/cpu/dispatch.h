@@ -7,8 +7,15 @@
 
 namespace fused_attention {
 
-// Those that are built and that this processor runs, the best last.
-std::vector<const Kernels*> supported_kernels();
+struct Variant {
+  const char* name;
+  const Kernels* kernels;  // null: not built
+  std::string refusal;     // why it cannot run here; empty if it can
+  bool automatic;          // not only by its name: false for the emulation of the tiles, which is there to be tested
+};
+
+// All of them, the best of the automatic ones last.
+std::vector<Variant> variants();
 
 // After a fork, the child runs on one thread: the pool did not survive. Call once, when the library is loaded.
 void watch_forks();

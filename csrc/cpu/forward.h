@@ -76,15 +76,15 @@ template <class T>
   }
 }
 
-// out and lse of finished rows, from their largest scores, sums and weighted sums o [rows, ldo].
+// out and lse of finished rows, from their largest scores (times unit), sums and weighted sums o [rows, ldo].
 template <class T>
 [[maybe_unused]] static void write_rows(const Problem& x, int64_t row, int rows, T* outputs, int64_t ldo, const T* top,
-                                        const T* sums) {
+                                        const T* sums, double unit = 1.0) {
   const AttentionParams& p = *x.p;
   const T keep = has_dropout(p) ? dropout_keep<T>(p) : T(1);
   const double sink = p.sinks.data ? static_cast<double>(*element<T>(p.sinks, x.h, 0, 0)) : -kInf<double>;
   for (int i = 0; i < rows; ++i) {
-    const double m = static_cast<double>(top[i]), l = static_cast<double>(sums[i]);
+    const double m = static_cast<double>(top[i]) * unit, l = static_cast<double>(sums[i]);
     const bool dead = m == -kInf<double> && l == 0.0;
     T divisor = 1, stats[2] = {0, 0};
     double lse = -kInf<double>;

@@ -2,18 +2,37 @@
 //   -DFA_ISA=portable
 //   -DFA_ISA=avx2    -mavx2 -mfma -mf16c
 //   -DFA_ISA=avx512  -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
-// and dispatch.cpp with -DFA_HAVE_PORTABLE, -DFA_HAVE_AVX2, -DFA_HAVE_AVX512 for those that were.
+//   -DFA_ISA=amx     the same and -mavx512bf16 -mamx-tile -mamx-bf16 -DFA_AMX=1
+//   -DFA_ISA=amx_emulated  -DFA_AMX=2 -Wno-psabi: the kernels of amx with the tiles in plain C++ (amx.h), for tests
+// and dispatch.cpp with -DFA_HAVE_PORTABLE, -DFA_HAVE_AVX2 ... for those that were.
 //
 // Nothing here may include a C++ standard header: an inline function of one, compiled for AVX-512, could be the copy
 // that the linker keeps for the whole library.
 #include "kernels.h"
 
+#if defined(FA_AMX)
+  #include "amx_backward.h"
+  #include "amx_forward.h"
+#endif
 #include "backward.h"
 #include "bias_grad.h"
 #include "few_rows.h"
 #include "weights.h"
 
 FA_BEGIN
+
+template <class T>
+static bool query_key_value_gradients(Plan<T>& f, double work) {
+  if (!f.p.dq.data && !f.p.dk.data && !f.p.dv.data) return true;
+#if defined(FA_AMX)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const bool same = !f.p.dout.data || f.p.dout.dtype == f.p.q.dtype;
+    const Packed done = same && amx_wanted(f.p) ? amx_backward(f, work) : Packed::unfit;
+    if (done != Packed::unfit) return done == Packed::done;
+  }
+#endif
+  return backward_qkv<T>(f, work);
+}
 
 template <class T>
 static bool backward(const AttentionParams& params) {
@@ -36,7 +55,7 @@ static bool backward(const AttentionParams& params) {
   DeltaScratch<T> layout(f, count);
   const double light = p.dweights.data ? work : static_cast<double>(heads * p.M * p.DV);
   bool ok = run_tasks(heads * f.blocks, p.threads, light, count.used, delta_task<T>, &f);
-  if (p.dq.data || p.dk.data || p.dv.data) ok = ok && backward_qkv<T>(f, work);
+  ok = ok && query_key_value_gradients<T>(f, work);
   if (p.dsinks.data) ok = ok && run_tasks(p.H, p.threads, static_cast<double>(heads * p.M) * 16, 0, sinks_task<T>, &f);
   if (p.dmask.data) ok = ok && bias_grad<T>(f, p.dmask, work);
   if (p.dbias.data) ok = ok && bias_grad<T>(f, p.dbias, work);
@@ -46,6 +65,9 @@ static bool backward(const AttentionParams& params) {
 
 static bool run_forward(const AttentionParams& p) {
   if (p.q.dtype == DType::f64) return forward<double>(p);
+#if defined(FA_AMX)
+  if (amx_wanted(p)) return amx_forward(p);
+#endif
   return few_rows_wanted(p) ? few_rows(p) : forward<float>(p);
 }
 static bool run_backward(const AttentionParams& p) {

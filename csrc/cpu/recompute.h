@@ -86,11 +86,11 @@ FA_INLINE Span whole_vectors(Span s, int vector) {
   return {s.lo / vector * vector, static_cast<int>(round_up(s.hi, vector))};
 }
 
-// s = P on the tile, from the row's stats where the forward pass left them, else from lse: defined on the span of each row's panel, rounded out to whole vectors.
+// s = P on the tile from the products s, from the row's stats where the forward pass left them, else from lse: defined
+// on the span of each row's panel, rounded out to whole vectors.
 template <class T>
-[[maybe_unused]] static void probabilities(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w) {
-  score_products<T>(f.p.M, f.p.N, t.rows, t.keys, static_cast<int>(f.p.D), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
-                    t.panels());
+[[maybe_unused]] static void finish_probabilities(const Problem& x, const Plan<T>& f, const Tile& t,
+                                                  const Scratch<T>& w) {
   finish_scores<T>(x, t, w.s, f.lds, w.slope, w.row);
   for (int i = 0; i < t.rows; ++i) {
     const Span v = whole_vectors(panel_span(t, i), VL<T>);
@@ -104,6 +104,14 @@ template <class T>
       probabilities_row<T>(s, v.lo, v.hi, *element<T>(f.p.lse, x.batch, x.h, at));
     }
   }
+}
+
+// The same from the packed q and k.
+template <class T>
+[[maybe_unused]] static void probabilities(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w) {
+  score_products<T>(f.p.M, f.p.N, t.rows, t.keys, static_cast<int>(f.p.D), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
+                    t.panels());
+  finish_probabilities<T>(x, f, t, w);
 }
 
 // The dropout factors of row i of a tile in w.keep, over the whole vectors of its panel.
@@ -181,14 +189,18 @@ FA_INLINE void gradient_whole_row(T* s, T* dp, const T* slope, const T* keep, co
   }
 }
 
-// s = dropout(P), dp = dS on the tile, 0 elsewhere in its rows. through_softcap: dS of q.k, not of the capped score.
+// Whether all keys that a row sees lie in the tile.
+FA_INLINE bool row_is_whole(const Problem& x, int64_t row, int64_t key, int64_t keys) {
+  const Range r = visible(x, row);
+  return r.lo >= key && r.hi <= key + keys;
+}
+
+// s = P and dp = dO V^T become dropout(P) and dS, 0 elsewhere in the rows of the tile. through_softcap: dS of q.k, not
+// of the capped score.
 template <class T>
-[[maybe_unused]] static void score_gradient(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w,
-                                            bool through_softcap) {
+[[maybe_unused]] static void finish_gradient(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w,
+                                             bool through_softcap) {
   const AttentionParams& p = f.p;
-  probabilities<T>(x, f, t, w);
-  dot_products<T>(t.rows, t.keys, static_cast<int>(p.DV), dot_piece(p.M, p.N), w.dout, f.ldv, w.vt, f.lds, w.dp, f.lds,
-                  t.panels());
   const bool drop = has_dropout(p);
   const int width = static_cast<int>(round_up(t.keys, NR<T>));
   for (int i = 0; i < t.rows; ++i) {
@@ -198,8 +210,7 @@ template <class T>
     if (drop) keep_row<T>(x, t, i, v, w);
     if (f.rest) dweights_row<T>(x, t, i, v, w);
     const int64_t at = x.row0 + t.row + i;
-    const Range r = visible(x, t.row + i);
-    if (r.lo >= t.key && r.hi <= t.key + t.keys) {
+    if (row_is_whole(x, t.row + i, t.key, t.keys)) {
       const T dlse = p.dlse.data ? *element<T>(p.dlse, x.batch, x.h, at) : T(0);
       T sink = 0;  // its share of the softmax
       if (p.sinks.data) {
@@ -215,6 +226,16 @@ template <class T>
     for (int j = 0; j < v.lo; ++j) s[j] = dp[j] = 0;
     for (int j = v.hi; j < width; ++j) s[j] = dp[j] = 0;
   }
+}
+
+// The same from the packed q, k, v and dout.
+template <class T>
+[[maybe_unused]] static void score_gradient(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w,
+                                            bool through_softcap) {
+  probabilities<T>(x, f, t, w);
+  dot_products<T>(t.rows, t.keys, static_cast<int>(f.p.DV), dot_piece(f.p.M, f.p.N), w.dout, f.ldv, w.vt, f.lds, w.dp,
+                  f.lds, t.panels());
+  finish_gradient<T>(x, f, t, w, through_softcap);
 }
 
 FA_END

@@ -2,22 +2,27 @@
 //
 //   exp(x)  = 2^n (1 + p(r)),   n = round(x / ln 2), r = x - n ln 2, p(r) = exp(r) - 1 as a polynomial
 //   tanh(x) = e / (e + 2),      e = exp(2x) - 1 = 2^n p(r) + (2^n - 1), which keeps the relative accuracy near 0
+//   exp2(x) = 2^floor(x) q(f),  f = x - floor(x), q(f) = 2^f as a polynomial with q(0) = 1
 //
 // This header is compiled once per instruction set. All of it has internal linkage, so that the linker can
 // never put a function compiled for a newer processor into the path of an older one.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#if defined(__AVX512DQ__)
+  #include <immintrin.h>
+#endif
 
 #if defined(__AVX2__) || defined(__F16C__)
   #include <immintrin.h>
 #endif
 
 #ifndef FA_ISA
-  #error "define FA_ISA as portable, avx2 or avx512"
+  #error "define FA_ISA as portable, avx2, avx512, amx or amx_emulated"
 #endif
 
 #define FA_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
+#define FA_OUTLINE [[maybe_unused]] static __attribute__((noinline))  // a loop of its own: its registers are its own
 #define FA_BEGIN              \
   namespace fused_attention { \
   namespace FA_ISA {          \
@@ -31,7 +36,8 @@ FA_BEGIN
 
 // MR rows of C are held in registers, each two vectors wide: 2 MR accumulators, two vectors of B and one
 // broadcast of A fill the 16 (AVX2), 32 (AVX-512, NEON) or 16 (SSE2: fewer, its multiply needs a copy) registers.
-#if defined(__AVX512F__)
+// The emulation of the matrix unit has the vectors of the processors that have one, in as many pieces as it takes.
+#if defined(__AVX512F__) || FA_AMX == 2
 constexpr int kVectorBytes = 64, MR = 12;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, MR = 6;
@@ -63,6 +69,8 @@ template <class T>
 constexpr int VL = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int NR = 2 * VL<T>;
+
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));  // VL<float> numbers of two bytes
 
 template <class T>
 constexpr T kInf = static_cast<T>(__builtin_inf());
@@ -249,6 +257,31 @@ FA_INLINE Vec<T> vexp(Vec<T> x) {
   const Vec<T> y = e.scale + e.scale * e.p;
   return x < Exp<T>::lowest ? Vec<T>{} : y;
 }
+// 2^x for x <= 127, within 1.5e-7 of it (8.3e-8 by the polynomial, a minimax fit of the relative error on [0, 1], the
+// rest by rounding); exp2(-inf) = 0; NaN stays NaN. In AVX-512 it is seven instructions, and a result may be subnormal;
+// elsewhere it is 0 then.
+FA_INLINE Vec<float> vexp2(Vec<float> x) {
+#if defined(__AVX512DQ__)
+  constexpr int kFloor = 1 | 8;  // the rounding, and no exception for it
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, kFloor);
+#else
+  const Vec<float> clamped = x < -127.0f ? splat<float>(-127.0f) : x;
+  const Vec<float> nearest = (clamped + Exp<float>::magic) - Exp<float>::magic;
+  const Vec<float> n = nearest > clamped ? nearest - 1.0f : nearest, f = clamped - n;
+#endif
+  Vec<float> q = f * 0x1.e974fep-10f + 0x1.277854p-7f;
+  q = q * f + 0x1.c91ce6p-5f;
+  q = q * f + 0x1.ebdb56p-3f;
+  q = q * f + 0x1.62e4bap-1f;
+  q = q * f + 1.0f;
+#if defined(__AVX512DQ__)
+  return (Vec<float>)_mm512_scalef_ps((__m512)q, (__m512)x);
+#else
+  const IVec<float> exponent = bits<float>(n + (Exp<float>::magic + 127.0f)) << 23;
+  return q * from_bits<float>(exponent & 0x7f800000);
+#endif
+}
+
 template <class T>
 FA_INLINE Vec<T> vtanh(Vec<T> x) {
   const IVec<T> sign = bits<T>(x) & bits<T>(splat<T>(static_cast<T>(-0.0)));

@@ -92,8 +92,11 @@ def _print_info(info: dict[str, Any]) -> None:
         print(f"{'':<16} what to do: install g++ (or set CXX), then install the package again")
     else:
         rest = {**extension, "isas": " and ".join(extension["isas"]) + " run here"}
-        details = ", ".join(v if k == "isas" else f"{k} {v}" for k, v in rest.items() if k != "isa")
+        apart = ("isa", "isas_for_tests", "isas_refused")
+        details = ", ".join(v if k == "isas" else f"{k} {v}" for k, v in rest.items() if k not in apart)
         print(f"{'C++ extension':<16} {extension['isa']} ({details})")
+        for name, reason in extension["isas_refused"].items():
+            print(f"{'':<16} not {name}: {reason}")
     for device, backends in info["devices"].items():
         print(f"{device}:")
         for name, reason in backends.items():

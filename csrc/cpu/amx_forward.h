@@ -1,0 +1,269 @@
+// Forward pass on the matrix unit, for bfloat16 and float16: forward.h's online softmax, transposed. For each panel of
+// 32 rows and each block of up to 128 keys:
+//
+//   S^T = K Q^T [keys, 32];   P^T = exp2(c S^T - t);   O^T = alpha O^T + V^T P^T [DV, 32]
+//
+// K (as rows) and V (as columns) are packed once, for all blocks of rows and all query heads that share them. A task
+// has some panels of rows of one (batch, head) and takes them in turns through the blocks of keys. While the vector
+// unit is at the softmax of one item, the tiles have the scores of the next one and the values of the last one.
+//
+// What is not plain (softcap, ALiBi, mask, bias, dropout) is turned into rows and back: forward.h's code does it.
+#pragma once
+#include "amx_softmax.h"
+#include "forward.h"
+
+FA_BEGIN
+
+constexpr int kForwardPanels = 4;  // K and V are read once for so many
+
+struct AmxForward {
+  PackPlan packed;  // 0: K as rows, 1: V as columns
+  int panels;       // of a task
+  int64_t blocks;   // tasks of a (batch, head)
+  int64_t d, dv;    // padded
+  bool plain;
+  float scale, c;
+};
+
+constexpr int64_t kRowStep = kKeyBlock + 16;  // of an item as rows
+
+struct AmxForwardScratch {
+  uint16_t *strip, *q, *pairs;
+  float *s, *o, *m, *l, *alpha, *rows, *out, *keep;
+  RowBuffers<float> row;
+  AmxForwardScratch(const AmxForward& f, Arena& a) {
+    const int parts = f.packed.parts;
+    strip = a.take<uint16_t>(parts * kPanel * f.d);
+    q = a.take<uint16_t>(f.panels * parts * kPanel * f.d);  // pairs of columns
+    pairs = a.take<uint16_t>(2 * parts * kItem);            // P^T, of two items
+    s = a.take<float>(2 * kItem);                           // S^T, of two items
+    o = a.take<float>(f.panels * f.dv * kPanel);
+    m = a.take<float>(f.panels * kPanel);
+    l = a.take<float>(f.panels * kPanel);
+    alpha = a.take<float>(kPanel);
+    rows = a.take<float>(f.plain ? 0 : kPanel * kRowStep);
+    out = a.take<float>(kPanel * f.dv);
+    keep = a.take<float>(kMaxKeys + 16);
+    row.mask = a.take<float>(kMaxKeys + 16);
+    row.bias = a.take<float>(kMaxKeys + 16);
+  }
+};
+
+class AmxForwardTask {
+ public:
+  AmxForwardTask(const AmxForward& f, const Problem& x, int64_t row, char* scratch)
+      : f_(f), p_(f.packed.p), x_(x), row_(row), arena_{reinterpret_cast<uintptr_t>(scratch)}, w_(f, arena_) {
+    panels_ = static_cast<int>(min_of<int64_t>(f.panels, ceil_div(x.rows - row, kPanel)));
+    for (int i = 0; i < panels_; ++i) load_queries(i);
+    for (int i = 0; i < panels_ * kPanel; ++i) w_.m[i] = -kInf<float>, w_.l[i] = 0;
+    for (int i = 0; i < kForwardPanels; ++i) fresh_[i] = true;
+    const Range r = visible(x, row, min_of<int64_t>(panels_ * kPanel, x.rows - row));
+    key_ = r.lo / kKeyBlock * kKeyBlock, end_ = r.hi;
+  }
+
+  void run() {
+    Item now, next;
+    int turn = 0;
+    bool more = next_item(next);
+    if (more) push_scores(next, turn);
+    queue_.run_all();
+    while (more) {
+      now = next;
+      more = next_item(next);
+      // The next scores first: they are wanted as soon as this softmax is done, the last values later.
+      if (more) push_scores(next, turn ^ 1);
+      push_values();
+      const bool any = f_.plain ? plain_softmax(now, turn) : general_softmax(now, turn);
+      queue_.run_all();
+      if (any) values_ = values_of(now, turn);
+      turn ^= 1;
+    }
+    push_values();
+    queue_.run_all();
+    for (int i = 0; i < panels_; ++i) write_panel(i);
+  }
+
+ private:
+  const AmxForward& f_;
+  const AttentionParams& p_;
+  const Problem& x_;
+  int64_t row_, key_, end_;
+  int panels_, panel_ = 0;
+  bool fresh_[kForwardPanels];  // nothing was added to O of the panel yet
+  Arena arena_;
+  AmxForwardScratch w_;
+  Queue queue_;
+  Batch values_{};  // of the last item
+
+  uint16_t* queries(int panel) const { return w_.q + panel * f_.packed.parts * kPanel * f_.d; }
+  float* scores(int turn) const { return w_.s + turn * kItem; }
+  uint16_t* pairs(int turn) const { return w_.pairs + turn * f_.packed.parts * kItem; }
+
+  void load_queries(int panel) {
+    const int64_t row = row_ + panel * kPanel;
+    const int rows = static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row));
+    load_strip(w_.strip, f_.d, row_address(p_.q, x_, x_.h, x_.row0 + row), p_.q.dtype, p_.q.stride[2], rows, p_.D,
+               p_.scale < 0);
+    for (int part = 0; part < f_.packed.parts; ++part)
+      pairs_of_columns(queries(panel) + part * kPanel * f_.d, w_.strip + part * kPanel * f_.d, f_.d);
+  }
+
+  // The panels take turns with a block of keys, which stays in the caches meanwhile.
+  bool next_item(Item& it) {
+    for (; key_ < end_; key_ += kKeyBlock, panel_ = 0)
+      while (panel_ < panels_) {
+        const int i = panel_++;
+        if (make_item(x_, row_ + i * kPanel, i, key_, it)) return true;
+      }
+    return false;
+  }
+
+  void push_scores(const Item& it, int turn) {
+    const PackPlan& packed = f_.packed;
+    const uint16_t* k = packed.panel(0, 0, x_.b, x_.hk, it.key / kPanel + it.first);
+    Product s{};
+    s.a = rows_operand(k, f_.d), s.b = column_pairs_operand(queries(it.panel), f_.d);
+    s.c = scores(turn) + it.first * kPanel * kPanel, s.c_row_bytes = kPanel * 4;
+    s.c_down = kTileRows * kPanel, s.c_right = 16;
+    s.steps = static_cast<int>(f_.d / 32), s.terms = packed.parts == 1 ? 1 : 4;
+    queue_.push({s, it.last - it.first, packed.panel_size(0), 0, kPanel * kPanel});
+  }
+  void push_values() {
+    queue_.push(values_);
+    values_.count = 0;
+  }
+  Batch values_of(const Item& it, int turn) {
+    const PackPlan& packed = f_.packed;
+    const uint16_t* v = packed.panel(1, 0, x_.b, x_.hk, it.key / kPanel + it.first);
+    Product o{};
+    o.a = columns_operand(v, f_.dv, packed.panel_size(1));
+    o.b = {pairs(turn) + it.first * kPanel * kPanel, kPanel * 4, 32, kPanel * kPanel, kItem};
+    o.c = w_.o + it.panel * f_.dv * kPanel, o.c_row_bytes = kPanel * 4;
+    o.c_down = kTileRows * kPanel, o.c_right = 16;
+    o.steps = it.last - it.first, o.terms = packed.parts == 1 ? 1 : 3;
+    o.add = !fresh_[it.panel];
+    fresh_[it.panel] = false;
+    return {o, static_cast<int>(f_.dv / 32), 2 * kTile, 0, kPanel * kPanel};
+  }
+
+  // O of a panel times alpha, after all that was to be added to it.
+  void shrink(int panel) {
+    if (fresh_[panel]) return;
+    queue_.run_all();
+    float* o = w_.o + panel * f_.dv * kPanel;
+    for (int64_t i = 0; i < f_.dv; ++i, o += kPanel)
+      for (int l = 0; l < kPanel; l += VL<float>) store<float>(o + l, load<float>(o + l) * load<float>(w_.alpha + l));
+  }
+
+  bool plain_softmax(const Item& it, int turn) {
+    float *s = scores(turn), *m = w_.m + it.panel * kPanel, *sums = w_.l + it.panel * kPanel;
+    if (!it.whole) hide_scores(x_, it, s);
+    Vec<float> top[kLanes], shift[kLanes], sum[kLanes];
+    largest(it, s, top);
+    int32_t moved = 0;
+    for (int l = 0; l < kLanes; ++l) {
+      const Vec<float> old = load<float>(m + l * VL<float>), wanted = top[l] * f_.c;
+      const IVec<float> grows = wanted > old + kSlack;
+      const Vec<float> next = grows ? wanted : old, shrunk = vexp2(old - next);
+      store<float>(w_.alpha + l * VL<float>, grows ? shrunk : splat<float>(1.0f));
+      store<float>(m + l * VL<float>, next);
+      shift[l] = next == -kInf<float> ? Vec<float>{} : next;
+      sum[l] = Vec<float>{};
+      for (int i = 0; i < VL<float>; ++i) moved |= grows[i];
+    }
+    if (moved) {
+      shrink(it.panel);
+      for (int i = 0; i < kPanel; ++i) sums[i] *= w_.alpha[i];
+    }
+    for (int sub = it.first; sub < it.last; ++sub) {
+      const int64_t at = sub * kPanel * kPanel;
+      if (f_.packed.parts == 1)
+        weights_of<1>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
+      else
+        weights_of<2>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
+      queue_.run_share(it.last - sub);
+    }
+    for (int l = 0; l < kLanes; ++l) store<float>(sums + l * VL<float>, load<float>(sums + l * VL<float>) + sum[l]);
+    return true;
+  }
+
+  // False if no row sees any key.
+  bool general_softmax(const Item& it, int turn) {
+    Tile t;
+    const int keys = static_cast<int>(min_of<int64_t>(kKeyBlock, x_.seen - it.key));
+    if (!make_tile(x_, it.row, it.rows, it.key, keys, t)) return false;
+    float* s = scores(turn);
+    to_rows(it, s, f_.scale, w_.rows, kRowStep);
+    finish_scores<float>(x_, t, w_.rows, kRowStep, nullptr, w_.row);
+    for (int i = 0; i < kPanel; ++i) w_.alpha[i] = 1;
+    online_softmax<float>(t, w_.rows, kRowStep, w_.m + it.panel * kPanel, w_.l + it.panel * kPanel, w_.alpha);
+    if (has_dropout(p_)) drop_tile<float>(x_, t, w_.rows, kRowStep, w_.keep);
+    clear_hidden(it, t, w_.rows, kRowStep);
+    from_rows(it, w_.rows, kRowStep, s);
+    const int64_t at = it.first * kPanel * kPanel;
+    const int count = (it.last - it.first) * kPanel;
+    if (f_.packed.parts == 1)
+      pairs_of_keys<1>(s + at, count, pairs(turn) + at, kItem);
+    else
+      pairs_of_keys<2>(s + at, count, pairs(turn) + at, kItem);
+    bool moved = false;
+    for (int i = 0; i < it.rows; ++i) moved = moved || w_.alpha[i] != 1;
+    if (moved) shrink(it.panel);
+    return true;
+  }
+
+  void write_panel(int panel) {
+    float* o = w_.o + panel * f_.dv * kPanel;
+    const int64_t row = row_ + panel * kPanel;
+    if (fresh_[panel]) __builtin_memset(o, 0, sizeof(float) * static_cast<size_t>(f_.dv * kPanel));
+    transpose_words(o, kPanel, w_.out, f_.dv, static_cast<int>(f_.dv), kPanel);
+    write_rows<float>(x_, row, static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row)), w_.out, f_.dv,
+                      w_.m + panel * kPanel, w_.l + panel * kPanel, f_.plain ? kLn2 : 1.0);
+  }
+};
+
+[[maybe_unused]] static void amx_forward_task(const void* plan, int64_t task, char* scratch) {
+  const AmxForward& f = *static_cast<const AmxForward*>(plan);
+  const int64_t pair = task / f.blocks;
+  const Problem x = make_problem(f.packed.p, pair / f.packed.p.H, pair % f.packed.p.H);
+  // Causal rows see the more keys the further down they are: the last block is handed out first.
+  const int64_t row = (f.blocks - 1 - task % f.blocks) * f.panels * kPanel;
+  if (row >= x.rows) return;
+  tiles_begin();
+  AmxForwardTask(f, x, row, scratch).run();
+  tiles_end();
+}
+
+// As many panels a task as share K and V, unless that leaves fewer than 32 tasks, which keep any desktop busy. A row is
+// the same to the last bit in any of them.
+FA_INLINE void share_rows(AmxForward& f, int64_t heads, int64_t rows) {
+  const int64_t panels = ceil_div(rows, kPanel);
+  const int64_t blocks = min_of(panels, max_of(ceil_div(panels, kForwardPanels), ceil_div(32, heads)));
+  f.panels = static_cast<int>(ceil_div(panels, blocks));
+  f.blocks = ceil_div(panels, f.panels);
+}
+
+[[maybe_unused]] static bool amx_forward(const AttentionParams& p) {
+  AmxForward f{};
+  f.packed.p = p, f.packed.parts = parts_of(p.q.dtype);
+  f.packed.add(p.k, true, p.D, false, as_rows, nullptr);
+  f.packed.add(p.v, true, p.DV, false, as_columns, nullptr);
+  f.d = panel_width(p.D), f.dv = panel_width(p.DV);
+  f.plain = plain_scores(p) && !has_dropout(p) && p.scale != 0.0;
+  f.scale = static_cast<float>(__builtin_fabs(p.scale));
+  f.c = static_cast<float>(__builtin_fabs(p.scale) / kLn2);
+  share_rows(f, p.B * p.H, p.M);
+  Packed packed = pack_all(f.packed);
+  bool ok = packed != Packed::no_memory;
+  if (packed == Packed::done) {
+    Arena count{0};
+    AmxForwardScratch layout(f, count);
+    const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
+                        static_cast<double>(p.D + p.DV) / kAmxSpeed;
+    ok = run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, amx_forward_task, &f);
+  }
+  release(f.packed.memory);
+  return packed == Packed::unfit ? forward<float>(p) : ok;
+}
+
+FA_END
