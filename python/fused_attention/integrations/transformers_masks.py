@@ -310,7 +310,9 @@ def make_mask(
         )
 
     def make() -> Tensor:
-        return masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        assert mask is not None  # only what may be skipped is None
+        return mask
 
     pattern = read(mask_function)
     plan = None
