@@ -20,10 +20,10 @@ from fused_attention.backends.triton.ahead import Resources
 from fused_attention.cache import LIMITS
 from fused_attention.spec import Options, make_spec
 
-from .gpu_kernels import DTYPES, Job, long_sequence
+from .gpu_kernels import DTYPES, PROCESSORS, Job, long_sequence
 from .nvcc import SOURCES, nvcc, source_of
 
-ARCHS = ("sm_80",)
+ARCHS = ("sm_80", "sm_90")
 DIMS = (64, 128, 256)
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 ANYWHERE = 16  # an address that nobody reads
@@ -44,6 +44,11 @@ class Part(NamedTuple):
     size: int = 0
     key_bytes: int = 0
 
+    @property
+    def computing(self) -> int:
+        """Warps that compute; of the kernels for sm_90a a warpgroup brings what the others need."""
+        return self.threads // 32 - (4 if "_sm90_" in self.kernel else 0)
+
 
 class Compiled(NamedTuple):
     """What nvcc made of a part, and the disassembly."""
@@ -61,24 +66,26 @@ def _plan(kind: str, args: dict[str, Any]) -> list[tuple[str, int, int]]:
     plan = getattr(params._C, f"cuda_plan_{kind}", None)
     if plan is None:
         raise RuntimeError("the CUDA kernels are not built, and with them the planner of their launches is missing")
-    return [(kernel, threads, shared) for kernel, _, threads, shared, _ in plan(args)]
+    return [(kernel, threads, shared) for kernel, _, threads, shared, *_ in plan(args)]
 
 
-def _arguments(dtype: torch.dtype, dim: int) -> dict[str, Any]:
-    spec = make_spec(long_sequence(dtype, dim), Options(causal="top_left"))
-    spec = replace(spec, gradients=frozenset(("query", "key", "value")))
-    given = {name: (ANYWHERE, params.DTYPE_CODES[dtype]) for name in ("q", "dq", "dk", "dv")}
-    return params.describe(spec) | given | {"mask_shares": 1, "bias_shares": 1}
+def _arguments(arch: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
+    x = long_sequence(dtype, dim)
+    spec = replace(make_spec(x, Options(causal="top_left")), gradients=frozenset(("query", "key", "value")))
+    tensors = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    given = {name: (ANYWHERE, params.DTYPE_CODES[dtype], *x.query.stride()) for name in tensors}
+    chip = {"arch": 90 if arch == "sm_90" else 80, "processors": PROCESSORS[arch]}
+    return params.describe(spec) | given | chip | {"mask_shares": 1, "bias_shares": 1}
 
 
-def _forward(dtype: torch.dtype, dim: int) -> list[Part]:
-    args = _arguments(dtype, dim)
+def _forward(arch: str, dtype: torch.dtype, dim: int) -> list[Part]:
+    args = _arguments(arch, dtype, dim)
     rows = params._C.cuda_blocks(args)[0]
     return [Part(*each, 2, "BLOCK_M", rows) for each in _plan("forward", args)]
 
 
-def _backward(dtype: torch.dtype, dim: int) -> list[Part]:
-    args = _arguments(dtype, dim)
+def _backward(arch: str, dtype: torch.dtype, dim: int) -> list[Part]:
+    args = _arguments(arch, dtype, dim)
     _, _, rows, keys = params._C.cuda_blocks(args)
     tiles = {  # scores, dP, and the gradients themselves; dV alone needs no dP
         "row_deltas": (0, "", 0),
@@ -90,10 +97,10 @@ def _backward(dtype: torch.dtype, dim: int) -> list[Part]:
     return [Part(*each, *tiles[re.split(r"_sm|_bf|_f", each[0])[0]]) for each in _plan("backward", args)]
 
 
-def _decode(kv_dtype: torch.dtype | None) -> Callable[[torch.dtype, int], list[Part]]:
+def _decode(kv_dtype: torch.dtype | None) -> Callable[[str, torch.dtype, int], list[Part]]:
     """As benchmarks.gpu_kernels has it, in 4 splits."""
 
-    def parts(dtype: torch.dtype, dim: int) -> list[Part]:
+    def parts(arch: str, dtype: torch.dtype, dim: int) -> list[Part]:
         stored = kv_dtype or dtype
         sizes = {"B": 16, "H": 32, "HK": 8, "M": 1, "D": dim, "DV": dim, "capacity": 8192}
         tensors = {"q": dtype, "k": stored, "v": stored, "key": dtype, "value": dtype, "query": dtype, "turned": dtype}
@@ -111,7 +118,7 @@ def _decode(kv_dtype: torch.dtype | None) -> Callable[[torch.dtype, int], list[P
     return parts
 
 
-KERNELS: dict[str, Callable[[torch.dtype, int], list[Part]]] = {
+KERNELS: dict[str, Callable[[str, torch.dtype, int], list[Part]]] = {
     "cuda forward": _forward,
     "cuda backward": _backward,
     "cuda decode": _decode(None),
@@ -149,7 +156,9 @@ def _section(text: str, start: str, following: str) -> str:
 
 def _compiled(part: Part, arch: str, dtype: str) -> Compiled:
     dim = re.search(r"_d(\d+)", part.kernel)
-    told, sass = _compile(source_of(part.kernel), arch, dim[1] if dim else "64", dtype)
+    told, sass = _compile(
+        source_of(part.kernel), "sm_90a" if "_sm90_" in part.kernel else arch, dim[1] if dim else "64", dtype
+    )
     said = _section(told, rf"entry function '{part.kernel}'", "Compiling entry function")
     code = _section(sass, rf"Function : {part.kernel}\n", "Function : ")
     (registers,) = re.findall(r"Used (\d+) registers", said)
@@ -165,4 +174,7 @@ def compile_job(job: Job) -> list[Compiled]:
     Raises:
         RuntimeError: there is no nvcc, or the extension was built without the planner of CUDA launches.
     """
-    return [_compiled(part, job.arch, SHORT[job.dtype]) for part in KERNELS[job.kernel](DTYPES[job.dtype], job.dim)]
+    return [
+        _compiled(part, job.arch, SHORT[job.dtype])
+        for part in KERNELS[job.kernel](job.arch, DTYPES[job.dtype], job.dim)
+    ]

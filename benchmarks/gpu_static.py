@@ -108,8 +108,10 @@ def tile_bytes(job: Job, options: dict[str, Any]) -> int:
     return options["BLOCK_N"] * (2 * job.dim * stored + scales)
 
 
-def _row(job: Job, r: Resources, name: str, tile: dict[str, int], loop: Loop | None, work: list[int]) -> Row:
-    """loop: what once round the inner loop executes, None where there is none to report."""
+def _row(
+    job: Job, r: Resources, name: str, tile: dict[str, int], loop: Loop | None, work: list[int], warps: int
+) -> Row:
+    """loop: what once round the inner loop `warps` warps execute, None where there is none to report."""
     blocks, scarce = blocks_per_unit(r, job.arch)
     row = {**job._asdict(), **r._asdict(), "job": job.kernel, "kernel": name, "tile": tile}
     row |= {"blocks": blocks, "scarce": scarce, "loop": None, "roofline": None, "bytes": None}
@@ -117,7 +119,7 @@ def _row(job: Job, r: Resources, name: str, tile: dict[str, int], loop: Loop | N
         total = kinds(loop.each_warp + loop.one_warp)
         row["loop"] = {**total, "vector": total["fma"] + total["alu"] + total["special"]}
         row["mnemonics"] = dict((loop.each_warp + loop.one_warp).most_common())
-        row["roofline"] = roofline(loop, r.threads // CHIPS[job.arch].wave, work, job.arch)
+        row["roofline"] = roofline(loop, warps, work, job.arch)
     return row
 
 
@@ -133,7 +135,7 @@ def _measure_triton(job: Job) -> list[Row]:
         work = triton_work(compiled.asm["ttir"])
         name = f"{r.name.removesuffix('_kernel').replace('_', ' ')} {job.kernel.partition(' ')[2]}".strip()
         tile = {k: v for k, v in launch.options.items() if k in ("BLOCK_M", "BLOCK_N")}
-        row = _row(job, r, name, tile, loop if work else None, work)
+        row = _row(job, r, name, tile, loop if work else None, work, r.threads // CHIPS[job.arch].wave)
         if row["loop"] and job.kernel.startswith("decode"):
             row["bytes"] = tile_bytes(job, launch.options)
         rows.append(row)
@@ -146,12 +148,12 @@ def _measure_cuda(job: Job) -> list[Row]:
         loop = matrix_loop(read_sass(sass)) if part.products else None
         tile: dict[str, int] = {}
         if loop is not None:
-            scores = executed(loop, r.threads // 32)[0] / (2 * part.products * job.dim)
+            scores = executed(loop, part.computing)[0] / (2 * part.products * job.dim)
             other = {"BLOCK_M": "BLOCK_N", "BLOCK_N": "BLOCK_M"}[part.side]
             tile = {part.side: part.size, other: int(scores / part.size)}
         codes = " ".join(job.kernel.split()[2:])
         name = f"CUDA {part.kernel.partition('_sm')[0].partition('_bf16')[0].replace('_', ' ')} {codes}".strip()
-        row = _row(job, r, name, tile, loop, [])
+        row = _row(job, r, name, tile, loop, [], part.computing)
         if part.key_bytes:  # each warp has keys of its own
             row["bytes"] = tile["BLOCK_N"] * r.threads // 32 * part.key_bytes
             row["tile"] = {"BLOCK_M": 16, "BLOCK_N": tile["BLOCK_N"] * r.threads // 32}
