@@ -8,7 +8,6 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 FILES = {  # by how the names of their kernels begin
-    "forward_sm90": "forward_sm90",
     "forward_": "forward_sm80",
     "key_": "key_gradient_sm80",
     "value_": "key_gradient_sm80",
@@ -22,7 +21,8 @@ FILES = {  # by how the names of their kernels begin
 
 def source_of(kernel: str) -> str:
     """The file, without its suffix."""
-    return next(file for prefix, file in FILES.items() if kernel.startswith(prefix))
+    file = next(file for prefix, file in FILES.items() if kernel.startswith(prefix))
+    return file.replace("sm80", "sm90") if "_sm90_" in kernel else file
 
 
 def nvcc() -> list[str] | None:

@@ -30,6 +30,8 @@ CHIPS = {
     "query_gradient_sm80": COMMON,
     "decode_sm80": COMMON,
     "forward_sm90": ("sm_90a",),
+    "key_gradient_sm90": ("sm_90a",),
+    "query_gradient_sm90": ("sm_90a",),
 }
 
 

@@ -186,6 +186,73 @@ def test_packed_sequences_have_one_map_for_all() -> None:
     assert [m[3] for m in maps] == [[64, 310, 8, 1], [64, 510, 2, 1], [64, 510, 2, 1]]
 
 
+def _backward_sm90(spec: AttentionSpec, **more: Any) -> dict[str, list[Any]]:
+    """What the gradients of q, k and v would launch, by the name before the chip's."""
+    args = _args_sm90(spec, dout=_rows(spec, spec.heads, spec.rows, spec.value_dim)) | more
+    plan = params._C.cuda_plan_backward(args)  # type: ignore[union-attr]
+    return {kernel.partition("_sm")[0]: [kernel, *rest] for kernel, *rest in plan if kernel.startswith(("q", "k", "v"))}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 80), (128, 128), (160, 8), (192, 128), (256, 256)])
+@pytest.mark.parametrize("terms", [False, True])
+def test_the_plan_of_the_gradients_for_sm_90(dims: tuple[int, int], terms: bool) -> None:
+    spec = replace(PLAIN, head_dim=dims[0], value_dim=dims[1])
+    found = _backward_sm90(spec, **({"bias": (16, 0, 1, 1, 1, 1)} if terms else {}))
+    tile = 64 if max(dims) <= 64 else 128 if max(dims) <= 128 else 256
+    apart = ("key_gradient", "value_gradient") if tile == 256 else ("key_gradients",)
+    assert set(found) == {"query_gradient", *apart}
+    for name, (kernel, grid, threads, shared, argument, maps) in found.items():
+        assert kernel == f"{name}_sm90_bf16_d{tile}{'_options' if terms else ''}"
+        assert grid == (2 * 8 * 3 if name == "query_gradient" else 2 * 2 * 4)
+        assert threads == 384 and shared <= 227 * 1024 and len(argument) <= 4096
+        assert [m[3] for m in maps] == [
+            [dims[0], 300, 8, 2],
+            [dims[1], 300, 8, 2],
+            [dims[0], 500, 2, 2],
+            [dims[1], 500, 2, 2],
+        ]
+        assert all(m[0] % 64 == 0 and m[0] + 128 <= len(argument) for m in maps)
+        boxes = [m[5] for m in maps]
+        assert boxes[0] == boxes[1] and boxes[2] == boxes[3] and all(0 < n <= 256 for b in boxes for n in b)
+        assert boxes[0 if name == "query_gradient" else 2][1] == 128  # what stays: a block
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ({}, False),
+        ({"sinks": (16, 0, 1)}, False),
+        ({"causal": 2, "window_left": 5}, False),
+        ({"softcap": 3.0}, True),
+        ({"dropout_p": 0.1}, True),
+        ({"scale": -1.0}, True),
+        ({"N": 16}, True),  # few keys
+        ({"causal": 1, "M": 16}, True),
+        ({"causal": 2, "M": 16}, False),
+        ({"window_right": 3, "M": 13}, True),
+    ],
+)
+def test_rare_options_have_kernels_of_their_own(change: dict[str, Any], options: bool) -> None:
+    for kernel, *_ in _backward_sm90(PLAIN, **change).values():
+        assert "_sm90_" in kernel and kernel.endswith("_options") == options
+
+
+@needs_kernels
+def test_gradients_that_the_copy_engine_cannot_read_are_left_to_the_kernels_for_sm_80() -> None:
+    odd = {"dout": ((1 << 20) + 2, 1, 64 * 2400, 64 * 300, 64, 1)}
+    for change, chip, blocks in (
+        ({}, "_sm90_", (128, 128)),
+        (odd, "_sm80_", (64, 64)),
+        ({"arch": 80}, "_sm80_", (64, 64)),
+    ):
+        found = _backward_sm90(PLAIN, **change)
+        assert len(found) == 2 and all(chip in kernel for kernel, *_ in found.values())
+        args = _args_sm90(PLAIN, dout=_rows(PLAIN, 8, 300, 64)) | change
+        assert params._C.cuda_blocks(args)[2:] == blocks  # type: ignore[union-attr]
+
+
 def test_the_kernels_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "architectures", lambda: ("80", "90a"))
     assert [cuda._kernel_arch(a) for a in ("sm_80", "sm_90", "sm_100", "")] == [80, 90, 80, 80]

@@ -89,12 +89,12 @@ __device__ __forceinline__ void probabilities_anew(float (&s)[MT][NT][4], const 
 
 // dp = dO V^T becomes dS, from s = P. few: delta is summed here too, so that dS cancels as it should; dlse: the rows'
 // incoming gradients of lse.
-template <bool TRANSPOSED, int MT, int NT, int SLOTS>
+template <bool TRANSPOSED, bool DROPOUT = true, int MT, int NT, int SLOTS>
 __device__ __forceinline__ void score_gradient(float (&dp)[MT][NT][4], const float (&s)[MT][NT][4],
                                                RowGradient<SLOTS>& row, const AttentionParams& p,
                                                const KeptElements& kept, bool few, const float (&dlse)[SLOTS]) {
   using W = Elements<TRANSPOSED, MT, NT>;
-  if (p.dropout_p > 0.0) {
+  if (DROPOUT && p.dropout_p > 0.0) {
     const float keep = keep_factor(p);
 #pragma unroll
     for (int e = 0; e < MT * NT * 4; ++e) {
@@ -134,6 +134,24 @@ __device__ __forceinline__ void through_softcap(float (&ds)[MT][NT][4], const fl
   for (int e = 0; e < MT * NT * 4; ++e) {
     float& x = ds[e / (4 * NT)][e / 4 % NT][e % 4];
     x = x == 0.0f ? 0.0f : x * slope[e / (4 * NT)][e / 4 % NT][e % 4];
+  }
+}
+
+// A warp's sum [16, D], times scale, to rows first .. first + 16 of a tensor that has `count` of them: `base` is row 0, `step`
+// bytes lie between rows. It passes through rows tile_row .. of a tile that nobody else uses by now.
+template <class E, int D>
+__device__ __forceinline__ void store_sum(char* base, int64_t step, int first, int count, int64_t dims,
+                                          const float (&sum)[1][D / 8][4], float scale, uint32_t tile, int tile_row,
+                                          int lane) {
+  const float factor[2] = {scale, scale};
+  __syncwarp();
+  stage_rows<E, D, 1>(tile, tile_row, sum, factor, lane);
+  __syncwarp();
+  const bool vectors = in_vectors(base, step, dims);
+#pragma unroll 1
+  for (int i = lane >> 3; i < 16; i += 4) {
+    if (first + i >= count) break;
+    store_row<D, 8>(base + step * (first + i), tile, tile_row + i, static_cast<int>(dims), vectors, lane & 7);
   }
 }
 

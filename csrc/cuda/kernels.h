@@ -12,9 +12,13 @@
   #if FA_HEAD_DIM <= 128
     #define FA_TOGETHER_DIMS(X) X(FA_HEAD_DIM)
     #define FA_APART_DIMS(X)
+    #define FA_HOPPER_TOGETHER_DIMS(X) X(FA_HEAD_DIM)
+    #define FA_HOPPER_APART_DIMS(X)
   #else
     #define FA_TOGETHER_DIMS(X)
     #define FA_APART_DIMS(X) X(FA_HEAD_DIM)
+    #define FA_HOPPER_TOGETHER_DIMS(X)
+    #define FA_HOPPER_APART_DIMS(X) X(FA_HEAD_DIM)
   #endif
 #else  // those of tiles.h
   #define FA_HEAD_DIMS(X) X(32) X(64) X(96) X(128) X(160) X(192) X(224) X(256)
@@ -24,6 +28,8 @@
   #define FA_ADDITIVE_DIMS(X) X(64) X(128) X(256)
   #define FA_DECODE_DIMS(X) X(64) X(128) X(256)
   #define FA_HOPPER_DIMS(X) X(64) X(128) X(256)
+  #define FA_HOPPER_TOGETHER_DIMS(X) X(64) X(128)
+  #define FA_HOPPER_APART_DIMS(X) X(256)
 #endif
 
 #define FA_TYPE_bf16 Bf16
@@ -67,5 +73,7 @@ extern const Kernel kKeyGradientSm80[];
 extern const Kernel kQueryGradientSm80[];
 extern const Kernel kDecodeSm80[];
 extern const Kernel kForwardSm90[];
+extern const Kernel kKeyGradientSm90[];
+extern const Kernel kQueryGradientSm90[];
 
 }  // namespace fused_attention::cuda

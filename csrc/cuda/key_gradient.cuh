@@ -169,19 +169,10 @@ struct KeyGradient {
     wait_copies<0>();
   }
 
+  // Nobody else reads the warp's own rows of k and v.
   __device__ __forceinline__ void store(const Tensor& to, uint32_t tile, const Sum& sum, float scale, int64_t dims) {
-    const float factor[2] = {scale, scale};
-    __syncwarp();  // nobody else reads the warp's own rows of k and v
-    stage_rows<E, D, MT>(tile, warp_key, sum, factor, lane);
-    __syncwarp();
     char* base = row_address(to, slot(p, x.b), kv_head, first_key(p, x.b));
-    const bool vectors = in_vectors(base, 2 * to.stride[2], dims);
-#pragma unroll 1
-    for (int i = lane >> 3; i < 16; i += 4) {
-      const int key = key0 + warp_key + i;
-      if (key >= x.keys) break;
-      store_row<D, 8>(base + 2 * to.stride[2] * key, tile, warp_key + i, static_cast<int>(dims), vectors, lane & 7);
-    }
+    store_sum<E, D>(base, 2 * to.stride[2], key0 + warp_key, x.keys, dims, sum, scale, tile, warp_key, lane);
   }
 
   __device__ __forceinline__ void run() {

@@ -29,7 +29,7 @@ const std::unordered_map<std::string, Entry>& entries() {
     std::unordered_map<std::string, Entry> found;
     const Kernel* const lists[] = {kForwardSm80, kKeyGradientSm80, kQueryGradientSm80, kDecodeSm80,
 #ifdef FA_HAVE_SM90
-                                   kForwardSm90
+                                   kForwardSm90, kKeyGradientSm90, kQueryGradientSm90
 #endif
     };
     for (const Kernel* list : lists)

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "additive_params.h"
+#include "gradient_params_sm90.h"
 #include "hopper_params.h"
 #include "maps.h"
 #include "tiles.h"
@@ -61,7 +62,7 @@ RowsOf rows_of(const AttentionParams& p, const Tensor& t, bool keys) {
           packed ? (keys ? p.total_keys : p.total_rows)
           : keys ? p.N
                  : p.M,
-          &t == &p.v ? p.DV : p.D};
+          &t == &p.v || &t == &p.dout ? p.DV : p.D};
 }
 
 // Whether the kernels for sm_90 take a call: those for sm_80, which run there too, take what the copy engine cannot read.
@@ -72,6 +73,11 @@ bool on_hopper(const AttentionParams& p) {
   some.total_rows = some.total_keys = 2;
   return can_map(rows_of(some, some.q, false)) && can_map(rows_of(some, some.k, true)) &&
          can_map(rows_of(some, some.v, true));
+}
+bool gradients_on_hopper(const AttentionParams& p) {
+  AttentionParams some = p;
+  some.total_rows = 2;
+  return on_hopper(p) && can_map(rows_of(some, some.dout, false));
 }
 
 // Heads whose blocks are sorted together: where later rows have more work, as many as have k and v in half of the L2
@@ -126,8 +132,52 @@ int64_t shares_of(const AttentionParams& p, const Tensor& grad) {
   return tiles && steps ? min_of(steps, tiles < 512 ? 512 / tiles : 1) : 1;
 }
 
+// Of few keys the softmax is taken anew (gradient.cuh), which the kernels with all options do.
+bool has_gradient_options(const AttentionParams& p) {
+  const bool few = p.window_right < kFar && p.causal != Causal::bottom_right && p.M + p.window_right <= kFewKeys;
+  return has_options(p) || p.N <= kFewKeys || few;
+}
+
+void add_hopper_gradient(const AttentionParams& p, const char* kernel, int64_t grid, const Tile& tile, int shared,
+                         std::vector<Launch>& launches) {
+  HopperGradientParams argument{};
+  argument.p = p;
+  const std::string name = name_of(kernel, p.q.dtype, hopper_dim(p.D, p.DV), 90);
+  Launch launch = make_launch(has_gradient_options(p) ? name + "_options" : name, grid, kHopperWarps, shared, argument);
+  launch.maps = {make_map(rows_of(p, p.q, false), offsetof(HopperGradientParams, q), tile.rows),
+                 make_map(rows_of(p, p.dout, false), offsetof(HopperGradientParams, dout), tile.rows),
+                 make_map(rows_of(p, p.k, true), offsetof(HopperGradientParams, k), tile.keys),
+                 make_map(rows_of(p, p.v, true), offsetof(HopperGradientParams, v), tile.keys)};
+  launches.push_back(std::move(launch));
+}
+
+void plan_key_gradients_hopper(const AttentionParams& p, std::vector<Launch>& launches) {
+  const int d = hopper_dim(p.D, p.DV);
+  const bool options = has_gradient_options(p);
+  const Tile tile = hopper_key_gradient_tile(d, options);
+  const int64_t grid = p.HK * all_blocks(p, p.N, p.total_keys, tile.keys);
+  if (!grid) return;
+  const int shared = hopper_key_gradient_shared(d, options, has_terms(p));
+  if (key_gradients_together(d)) {
+    add_hopper_gradient(p, "key_gradients", grid, tile, shared, launches);
+  } else {
+    if (p.dk.data) add_hopper_gradient(p, "key_gradient", grid, tile, shared, launches);
+    if (p.dv.data) add_hopper_gradient(p, "value_gradient", grid, tile, shared, launches);
+  }
+}
+
+void plan_query_gradient_hopper(const AttentionParams& p, std::vector<Launch>& launches) {
+  const int d = hopper_dim(p.D, p.DV);
+  const bool options = has_gradient_options(p);
+  const Tile tile = hopper_query_gradient_tile(d, options);
+  const int64_t grid = p.H * all_blocks(p, p.M, p.total_rows, tile.rows);
+  const int shared = hopper_query_gradient_shared(d, options, has_terms(p));
+  if (grid) add_hopper_gradient(p, "query_gradient", grid, tile, shared, launches);
+}
+
 void plan_key_gradients(const AttentionParams& p, std::vector<Launch>& launches) {
   if (!p.dk.data && !p.dv.data) return;
+  if (gradients_on_hopper(p)) return plan_key_gradients_hopper(p, launches);
   const int d = backward_dim(p.D, p.DV);
   const Tile tile = key_gradient_tile(d);
   const int64_t grid = p.HK * all_blocks(p, p.N, p.total_keys, tile.keys);
@@ -145,10 +195,12 @@ void plan_key_gradients(const AttentionParams& p, std::vector<Launch>& launches)
 }
 
 void plan_query_gradient(const AttentionParams& p, std::vector<Launch>& launches) {
+  if (!p.dq.data) return;
+  if (gradients_on_hopper(p)) return plan_query_gradient_hopper(p, launches);
   const int d = backward_dim(p.D, p.DV);
   const Tile tile = query_gradient_tile(d);
   const int64_t grid = p.H * all_blocks(p, p.M, p.total_rows, tile.rows);
-  if (!p.dq.data || !grid) return;
+  if (!grid) return;
   const int shared = query_gradient_shared(d, has_terms(p));
   launches.push_back(make_launch(name_of("query_gradient", p.q.dtype, d), grid, tile.warps, shared, p));
 }
@@ -192,8 +244,11 @@ Blocks block_sizes(const AttentionParams& p) {
   const bool options = has_options(p);
   const int rows =
       on_hopper(p) ? hopper_tile(hopper_dim(p.D, p.DV), options).rows : forward_tile(tile_dim(p.D, p.DV), options).rows;
-  const int d = backward_dim(p.D, p.DV);
-  return {rows, query_gradient_tile(d).rows, key_gradient_tile(d).keys, heads_together(p, rows)};
+  const bool hopper = gradients_on_hopper(p);  // what blocks are of does not depend on the options
+  const int d = hopper ? hopper_dim(p.D, p.DV) : backward_dim(p.D, p.DV);
+  const Tile queries = hopper ? hopper_query_gradient_tile(d, options) : query_gradient_tile(d);
+  const Tile keys = hopper ? hopper_key_gradient_tile(d, options) : key_gradient_tile(d);
+  return {rows, queries.rows, keys.keys, heads_together(p, rows)};
 }
 
 Shares additive_shares(const AttentionParams& p) { return {shares_of(p, p.dmask), shares_of(p, p.dbias)}; }

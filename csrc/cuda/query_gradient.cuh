@@ -126,19 +126,11 @@ struct QueryGradient {
     wait_copies<0>();
   }
 
+  // Nobody else reads the warp's own rows of q.
   __device__ __forceinline__ void store(const Sum& dq) {
-    const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
-    __syncwarp();  // nobody else reads the warp's own rows of q
-    stage_rows<E, D, MT>(q, warp_row, dq, factor, lane);
-    __syncwarp();
     char* base = row_address(p.dq, slot(p, x.b), head, first_row(p, x.b));
-    const bool vectors = in_vectors(base, 2 * p.dq.stride[2], p.D);
-#pragma unroll 1
-    for (int i = lane >> 3; i < 16; i += 4) {
-      const int r = row0 + warp_row + i;
-      if (r >= x.rows) break;
-      store_row<D, 8>(base + 2 * p.dq.stride[2] * r, q, warp_row + i, static_cast<int>(p.D), vectors, lane & 7);
-    }
+    store_sum<E, D>(base, 2 * p.dq.stride[2], row0 + warp_row, x.rows, p.D, dq, static_cast<float>(p.scale), q,
+                    warp_row, lane);
   }
 
   __device__ __forceinline__ void run() {

@@ -121,6 +121,33 @@ constexpr Tile query_gradient_tile(int d) {
   }
 }
 
+// dK and dV on sm_90: k and v [keys, D] stay, stages of q and dout [rows, D] pass. A warpgroup owns 64 keys: dK and dV take
+// D / 2 registers each, P and dP rows / 2 each, and rows / 4 each as they are multiplied. With `options`, the softcap's
+// derivative takes rows / 2 more, and mask or bias a strip a warp. Head dims 64, 128 and 256, the last in two launches.
+constexpr Tile hopper_key_gradient_tile(int d, bool options) {
+  switch (d) {
+    case 64:  // 128 KiB, options 96; 64 + 96 + 48 registers
+      return {options ? 64 : 96, 128, kHopperConsumers, 4};
+    case 128:  // 192 KiB, options 128; 128 + 64 + 32 registers
+      return {options ? 32 : 64, 128, kHopperConsumers, 4};
+    default:  // 192 KiB; 128 + 32 + 16 registers
+      return {32, 128, kHopperConsumers, 2};
+  }
+}
+
+// dQ on sm_90: q and dout [rows, D] stay, stages of k and v [keys, D] pass. A warpgroup owns 64 rows: dQ takes D / 2
+// registers, P and dP keys / 2 each, dS keys / 4 as it is multiplied.
+constexpr Tile hopper_query_gradient_tile(int d, bool options) {
+  switch (d) {
+    case 64:  // 160 KiB, options 96; 32 + 128 + 32 registers
+      return {128, options ? 64 : 128, kHopperConsumers, 4};
+    case 128:  // 208 KiB, options 192; 64 + 96 + 24 registers
+      return options ? Tile{128, 64, kHopperConsumers, 4} : Tile{128, 96, kHopperConsumers, 3};
+    default:  // 192 KiB; 128 + 32 + 8 registers
+      return {128, 32, kHopperConsumers, 2};
+  }
+}
+
 // The gradient of a mask or bias: q, dout [rows, D], k and v [keys, D] of one step. Bound by nothing that a tile decides;
 // head dims 64, 128 and 256 do.
 constexpr Tile additive_gradient_tile(int d) { return {64, d > 128 ? 16 : 32, 4, 1}; }
@@ -190,6 +217,20 @@ constexpr int query_gradient_shared(int d, bool terms) {
   const Tile t = query_gradient_tile(d);
   const int strips = terms ? t.warps * strip_floats(16, t.keys, false) * 4 : 0;
   return 4 * t.rows * d + 4 * t.stages * t.keys * d + strips;
+}
+// Tiles, mbarriers (full of what stays; full and empty of each stage), lse and delta of each stage, strips.
+constexpr int kHopperGradientBarrierBytes = 128;
+constexpr int hopper_gradient_shared(int d, const Tile& t, int stay, int pass, int strip, bool terms) {
+  return 4 * d * (stay + t.stages * pass) + kHopperGradientBarrierBytes + 8 * t.stages * t.rows +
+         (terms ? kHopperConsumers * strip * 4 : 0);
+}
+constexpr int hopper_key_gradient_shared(int d, bool options, bool terms) {
+  const Tile t = hopper_key_gradient_tile(d, options);
+  return hopper_gradient_shared(d, t, t.keys, t.rows, strip_floats(t.rows, 16, true), terms);
+}
+constexpr int hopper_query_gradient_shared(int d, bool options, bool terms) {
+  const Tile t = hopper_query_gradient_tile(d, options);
+  return hopper_gradient_shared(d, t, t.rows, t.keys, strip_floats(16, t.keys, false), terms);
 }
 constexpr int additive_gradient_shared(int d, bool terms) {
   const Tile t = additive_gradient_tile(d);

@@ -102,6 +102,7 @@ def plan(spec: AttentionSpec, device: Device) -> str | None:
         ("q", spec.heads, spec.rows, spec.head_dim),
         ("k", spec.kv_heads, spec.columns, spec.head_dim),
         ("v", spec.kv_heads, spec.columns, spec.value_dim),
+        ("dout", spec.heads, spec.rows, spec.value_dim),
     ):
         args[name] = (anywhere, DTYPE_CODES[spec.dtype], heads * rows * dims, rows * dims, dims, 1)
     tensors["alibi"] = torch.float32 if spec.alibi_slopes else None
