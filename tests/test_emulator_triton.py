@@ -100,7 +100,7 @@ DECODE = ("bf16", "fp16-rows", "int8-fp16-rope-paged", "bf16-fp8", "splits-windo
 def test_decoding(case: test_decode.Case, arch: str, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     emulated = Emulated(arch, range(4))
 
-    def run(backend: str, cache: Any, arguments: dict[str, Any]) -> tuple[AttentionResult, Any]:
+    def run(backend: str, cache: Any, arguments: dict[str, Any], device: str | None) -> tuple[AttentionResult, Any]:
         cache = copy.deepcopy(cache)
         spec, x = test_decode.described(cache, arguments)
         launches, out = decode.launches(spec, cache, x, arch, PROCESSORS[arch])
