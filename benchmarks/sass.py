@@ -82,7 +82,8 @@ def read_sass(text: str) -> list[Instruction]:
             target = position.get(int(addresses[-1], 16)) if addresses else None
             # A call may come back; an unconditional branch does not. "BRA.U UP0, x" is guarded by its operand, and
             # "BRA.DIV ~URZ, x" is taken by a warp whose threads have parted.
-            conditional = guard is not None or op.startswith("CALL") or bool(re.match(r"!?U?P\d|~UR", operands))
+            may_fall = op.startswith(("CALL", "BRA.DIV", "BRA.CONV"))
+            conditional = guard is not None or may_fall or bool(re.match(r"!?U?P\d", operands))
         falls = conditional or not (op.startswith("BRA") or _SASS_LEAVES.match(op))
         program.append(Instruction(op, target, falls))
     return program
