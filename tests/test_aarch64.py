@@ -151,6 +151,6 @@ def test_option(case: Case, dtype: torch.dtype, elsewhere: None) -> None:
 
 
 def test_it_is_another_processor() -> None:
-    kind = subprocess.run(["file", "-L", _driver()], capture_output=True, text=True).stdout
+    machine = int.from_bytes(_driver().read_bytes()[18:20], "little")  # e_machine of its ELF header
     isa = subprocess.run([TOOLS[1], _driver(), "isa"], capture_output=True, text=True, check=True).stdout
-    assert "aarch64" in kind and isa.strip() == "portable"
+    assert machine == 183 and isa.strip() == "portable"

@@ -121,3 +121,11 @@ def test_there_are_at_least_forty() -> None:
 
 def test_argument_error_is_what_torch_users_catch() -> None:
     assert issubclass(fa.ArgumentError, ValueError) and issubclass(fa.ArgumentError, RuntimeError)
+
+
+@pytest.mark.parametrize(("options", "name"), [({"batch_invariant": 1}, "batch_invariant"), ({"causal": []}, "causal")])
+def test_a_call_seen_before_does_not_vouch_for_another(options: dict[str, Any], name: str) -> None:
+    """True equals 1 where calls are remembered, and a list cannot be looked up there."""
+    call(batch_invariant=True)()
+    with pytest.raises(TypeError, match=name):
+        call(**options)()

@@ -23,6 +23,7 @@ from .spec import (
     WeightsMode,
     Window,
     as_offsets,
+    check_options,
     check_packed,
     make_spec,
     window_sides,
@@ -91,6 +92,7 @@ def _run(x: Inputs, o: Options) -> Outputs:
     if is_traced(x.query):
         return autograd.run_op(x, o)
     if _is_plain(x):
+        check_options(o)  # before it is a key: True equals 1 there, and a list cannot be hashed
         q, k, v = x[:3]
         grad = torch.is_grad_enabled()
         needs = (grad and q.requires_grad, grad and k.requires_grad, grad and v.requires_grad)

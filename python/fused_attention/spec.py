@@ -125,6 +125,20 @@ class AttentionSpec:
         return hash(tuple(self.__dict__.values()))
 
 
+def beyond(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str | None:
+    """Why kernels for these dtypes and head dims up to `head_dim` cannot run `spec`; None if they may."""
+    if spec.transform:
+        return f"{spec.transform} needs operations that torch can trace"
+    if spec.dtype not in dtypes:
+        *names, last, own = (str(t).removeprefix("torch.") for t in (*dtypes, spec.dtype))
+        return f"{', '.join(names)} and {last}, not {own}"
+    if max(spec.head_dim, spec.value_dim) > head_dim:
+        return f"head dims up to {head_dim}, not {max(spec.head_dim, spec.value_dim)}"
+    if "alibi_slopes" in spec.gradients:
+        return "no gradient for alibi_slopes"
+    return None
+
+
 _spec = functools.lru_cache(maxsize=4096)(AttentionSpec)  # the same call, the same object
 
 

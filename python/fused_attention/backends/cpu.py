@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec, Device, Inputs, Outputs
+from ..spec import FLOAT_DTYPES, AttentionSpec, Device, Inputs, Outputs, beyond
 from .params import _C, Call, Gradients, call_of, import_error, put_incoming, put_input_gradients, put_outputs
 
 _import_error = import_error
@@ -29,13 +29,7 @@ def unavailable(device: Device) -> str | None:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """None if the kernels can do what `spec` asks for, wherever they are built, otherwise the reason why not."""
-    if spec.transform:
-        return f"{spec.transform} needs operations that torch can trace"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return f"head dims up to {MAX_HEAD_DIM}, not {max(spec.head_dim, spec.value_dim)}"
-    if "alibi_slopes" in spec.gradients:
-        return "no gradient for alibi_slopes"
-    return None
+    return beyond(spec, FLOAT_DTYPES, MAX_HEAD_DIM)
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec, Device, Inputs, Outputs
+from ..spec import AttentionSpec, Device, Inputs, Outputs, beyond
 from .params import (
     _C,
     DTYPE_CODES,
@@ -72,19 +72,11 @@ def unavailable(device: Device) -> str | None:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """None if the kernels can do what `spec` asks for, wherever they are built, otherwise the reason why not."""
-    if spec.transform:
-        return f"{spec.transform} needs operations that torch can trace"
-    if spec.dtype not in DTYPES:
-        return f"bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return f"head dims up to {MAX_HEAD_DIM}, not {max(spec.head_dim, spec.value_dim)}"
     if max(spec.rows, spec.columns) >= MAX_LENGTH:
         return f"lengths below {MAX_LENGTH}, not {max(spec.rows, spec.columns)}"
     if spec.weights:
         return "no attention weights"
-    if "alibi_slopes" in spec.gradients:
-        return "no gradient for alibi_slopes"
-    return None
+    return beyond(spec, DTYPES, MAX_HEAD_DIM)
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:

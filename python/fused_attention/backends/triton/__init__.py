@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from ...spec import AttentionSpec, Device, Inputs, Outputs
+from ...spec import AttentionSpec, Device, Inputs, Outputs, beyond
 
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,15 +30,7 @@ def unavailable(device: Device) -> str | None:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """None if the kernels can do what `spec` asks for, on whatever device, otherwise the reason why not."""
-    if spec.transform:
-        return f"{spec.transform} needs operations that torch can trace"
-    if spec.dtype not in DTYPES:
-        return f"float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return f"head dims up to {MAX_HEAD_DIM}, not {max(spec.head_dim, spec.value_dim)}"
-    if "alibi_slopes" in spec.gradients:
-        return "no gradient for alibi_slopes"
-    return None
+    return beyond(spec, DTYPES, MAX_HEAD_DIM)
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:
