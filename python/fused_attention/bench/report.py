@@ -184,7 +184,7 @@ def write_html(path: Path, title: str, machine: dict[str, Any], rows: list[Row])
     encoded = base64.b64encode(picture.getvalue()).decode()
     peers = peers_of(rows)
     groups = [[s["group"], s["peer"], f"{s['mean']:.2f}", f"{s['least']:.2f}", str(s["shapes"])] for s in summary(rows)]
-    about = [[key, str(value)] for key, value in machine.items()]
+    about = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in machine.items()]
     refusals = "".join(f"<li>{html.escape(r)} ({len(n)} shapes)</li>" for r, n in _refusals(rows).items())
     page = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
@@ -193,7 +193,7 @@ def write_html(path: Path, title: str, machine: dict[str, Any], rows: list[Row])
         f'<img alt="throughput against sequence length" src="data:image/png;base64,{encoded}">',
         _html_table(_heads(peers), [_cells(row, peers) for row in rows], range(2, 2 + len(peers))),
         f"<h2>Not timed</h2><ul>{refusals}</ul>" if refusals else "",
-        f"<h2>Machine</h2>{_html_table(['', ''], about, range(0))}</html>",
+        f"<h2>Machine</h2>{_html_table(['what', 'value'], about, range(0))}</html>",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(page) + "\n")
