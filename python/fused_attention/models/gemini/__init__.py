@@ -1,0 +1,30 @@
+"""A multimodal transformer, small and whole, on this package's attention: text, images and sound, in and out.
+
+    from fused_attention.models.gemini import GeminiForConditionalGeneration
+
+    model = GeminiForConditionalGeneration.from_pretrained(folder)
+
+Needs transformers. Importing this also tells transformers' Auto classes of the model.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from .cache import GeminiCache
+from .configuration import GeminiConfig, student_config, teacher_config
+from .generation import GeminiForConditionalGeneration
+from .modeling import GeminiModel, GeminiOutput
+
+AutoConfig.register(GeminiConfig.model_type, GeminiConfig, exist_ok=True)
+AutoModel.register(GeminiConfig, GeminiModel, exist_ok=True)
+AutoModelForCausalLM.register(GeminiConfig, GeminiForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(GeminiConfig, GeminiForConditionalGeneration, exist_ok=True)
+
+__all__ = [
+    "GeminiCache",
+    "GeminiConfig",
+    "GeminiForConditionalGeneration",
+    "GeminiModel",
+    "GeminiOutput",
+    "student_config",
+    "teacher_config",
+]
