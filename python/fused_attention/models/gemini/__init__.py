@@ -4,20 +4,31 @@
 
     model = GeminiForConditionalGeneration.from_pretrained(folder)
 
-Needs transformers. Importing this also tells transformers' Auto classes of the model.
+Needs `pip install 'fused-attention[gemini]'`. Importing this also tells transformers' Auto classes of the model.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from .cache import GeminiCache
 from .configuration import GeminiConfig, student_config, teacher_config
 from .generation import GeminiForConditionalGeneration
 from .modeling import GeminiModel, GeminiOutput
+from .processing import GeminiProcessor
+from .tokenization import GeminiTokenizer
 
 AutoConfig.register(GeminiConfig.model_type, GeminiConfig, exist_ok=True)
 AutoModel.register(GeminiConfig, GeminiModel, exist_ok=True)
 AutoModelForCausalLM.register(GeminiConfig, GeminiForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(GeminiConfig, GeminiForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(GeminiConfig, GeminiProcessor, exist_ok=True)
+AutoTokenizer.register(GeminiConfig, fast_tokenizer_class=GeminiTokenizer, exist_ok=True)
 
 __all__ = [
     "GeminiCache",
@@ -25,6 +36,8 @@ __all__ = [
     "GeminiForConditionalGeneration",
     "GeminiModel",
     "GeminiOutput",
+    "GeminiProcessor",
+    "GeminiTokenizer",
     "student_config",
     "teacher_config",
 ]

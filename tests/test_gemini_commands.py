@@ -1,0 +1,117 @@
+"""The commands that train, distil, quantise and show the model, end to end, with a few steps of each."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+NEEDED = ("transformers", "accelerate", "torchao", "sklearn", "scipy", "espeakng_loader", "vaderSentiment", "PIL")
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("gemini_commands"),  # they share the checkpoint
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+
+SMALL = "--batch-size 4 --limit 6".split()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fused_attention.models.gemini import train
+
+    folder = tmp_path_factory.mktemp("gemini") / "base"
+    train.main([str(folder), "--size", "student", "--steps", "3", *SMALL])
+    return folder
+
+
+def test_train_writes_what_it_says(base: Path) -> None:
+    for name in ("model/model.safetensors", "processor/tokenizer.json", "loss.png", "checkpoint/trainer.json"):
+        assert (base / name).stat().st_size > 0, name
+    assert [entry["step"] for entry in json.loads((base / "log.json").read_text())] == [1, 2, 3]
+    scores = json.loads((base / "scores.json").read_text())["scores"]
+    assert set(scores) == {"describe", "transcribe", "sentiment", "joint", "draw", "say", "text"}
+    assert scores["text"] > 1.0 and all(0.0 <= scores[task] <= 1.0 for task in set(scores) - {"text"})
+
+
+def test_a_model_is_fine_tuned_on_one_task(base: Path, tmp_path: Path) -> None:
+    from fused_attention.models.gemini import train
+
+    options = ["--from", str(base), "--tasks", "sentiment", "--steps", "2", *SMALL]
+    train.main([str(tmp_path / "tuned"), *options])
+    before, _ = train.load(base)
+    after, _ = train.load(tmp_path / "tuned")
+    assert not torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
+    assert set(json.loads((tmp_path / "tuned" / "scores.json").read_text())["scores"]) == {"sentiment"}
+
+
+def test_training_goes_on_where_it_stopped(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit, on the model itself: four steps at once are two, and two more."""
+    from fused_attention.models.gemini import train
+    from fused_attention.models.gemini.training import Recipe, Trainer
+
+    model, processor = train.load(base)
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    recipe = Recipe(steps=4, warmup=2, save_every=2)
+
+    def trainer(folder: str) -> Trainer:
+        model.load_state_dict(start)
+        batches = train.Batches(processor, model.config, {"text": 1.0, "say": 1.0}, 4, seed=0)
+        return Trainer(model, recipe, batches, train.losses, tmp_path / folder)
+
+    whole = trainer("whole")
+    whole.run(show=False)
+    expected = {name: t.clone() for name, t in model.state_dict().items()}
+    trainer("parts").run(until=2, show=False)
+    rest = trainer("parts")
+    assert rest.resume() and rest.step == 2
+    rest.run(show=False)
+    assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+
+
+def test_distil(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_attention.models.gemini import distill
+
+    options = ["--teacher", str(base), "--steps", "2", "--tasks", "sentiment", "text", *SMALL]
+    distill.main([str(tmp_path / "student"), *options])
+    assert "parameters" in capsys.readouterr().out
+    log = json.loads((tmp_path / "student" / "log.json").read_text())
+    assert all(entry["distillation_loss"] > 0.0 for entry in log)
+
+
+def test_quantise(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_attention.models.gemini import quantize
+    from fused_attention.models.gemini.quantization import load_quantized
+    from fused_attention.models.gemini.quantization import quantize as in_place
+    from fused_attention.models.gemini.train import load
+
+    quantize.main([str(base), str(tmp_path / "int8"), "--limit", "4"])
+    printed = capsys.readouterr().out
+    assert float(re.findall(r"(\S+) of the size", printed)[0]) < 0.5
+    loaded = load_quantized(tmp_path / "int8" / "model")
+    ids = torch.tensor([[1, 40, 50, 60, 70, 80]])
+    model, _ = load(base)
+    exact = model(ids).logits
+    kept = in_place(model)(ids).logits
+    assert torch.equal(loaded(ids).logits, kept)
+    error = (kept - exact).norm() / exact.norm()
+    print(f"int8 logits: relative error {error:.1e}")
+    assert error < 0.05
+
+
+def test_demo(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_attention.models.gemini import demo
+
+    demo.main([str(base), "--out", str(tmp_path / "shown"), "--each", "1"])
+    printed = capsys.readouterr().out
+    for task in ("describe", "transcribe", "joint", "sentiment", "drawn", "said"):
+        assert task in printed
+    (picture,) = (tmp_path / "shown").glob("*.png")
+    (clip,) = (tmp_path / "shown").glob("*.wav")
+    assert picture.read_bytes()[:4] == b"\x89PNG" and clip.read_bytes()[:4] == b"RIFF"
