@@ -34,6 +34,7 @@ struct AttentionParams {
   Tensor bias;                            // [B, H, M, N]    floating (added; -inf hides)
   Tensor alibi;                           // [B, H]          f32 slopes: -slope * |row + diagonal - column| is added
   Tensor sinks;                           // [H]             f32 (f64 where q is f64): exp(sink) joins the denominator
+  Tensor block_map;                       // [B, H, ceil(M / block_m), ceil(N / block_n)]  boolean: false hides a block
   const int64_t* key_lengths = nullptr;   // [B]      keys at and past it are hidden
   const int64_t* cu_seqlens_q = nullptr;  // [B + 1]  packed: first row of each sequence
   const int64_t* cu_seqlens_k = nullptr;  // [B + 1]
@@ -42,9 +43,10 @@ struct AttentionParams {
   Causal causal = Causal::none;
   int64_t window_left = -1, window_right = -1;  // keys diagonal - left .. diagonal + right; -1 is open
   double scale = 1.0;
-  double softcap = 0.0;    // 0: none
-  double dropout_p = 0.0;  // in [0, 1)
-  uint64_t seed = 0;       // Philox key; counter (column / 4, row, head, batch), word column % 4
+  double softcap = 0.0;              // 0: none
+  double dropout_p = 0.0;            // in [0, 1)
+  uint64_t seed = 0;                 // Philox key; counter (column / 4, row, head, batch), word column % 4
+  int64_t block_m = 0, block_n = 0;  // rows and keys of a block of block_map; block_n is a multiple of 16
   Weights weights_mode = Weights::none;
   bool batch_invariant = false;
   int32_t threads = 1;
@@ -82,6 +84,7 @@ struct AttentionParams {
 
   // On a CPU: k and v are those of a cache, of any dtype but f64 and boolean. At most 16 rows, forward only.
   bool cached = false;
+  Tensor tree;              // [B, M, M]   boolean: which of the last M keys, its own among them, a row sees
   Tensor k_scale, v_scale;  // [B, HK, N]  f32: k is the scale times the code; absent where k has no codes
   // With pages k, v, k_scale and v_scale are [pages, HK, page_size, ...]: key n of sequence b is row n % page_size of
   // page table[b, n / page_size].

@@ -43,6 +43,13 @@ LONG = [
     Case("long-very-negative-logits", (1, 2, 2, 150, 300, 64, 64), shift=3.0),
     *(Case(f"long-packed-{c}", (4, 4, 2, 300, 300, 64, 64), packed=((300, 5, 0, 150), (300, 170, 40, 129)), causal=c)
       for c in (None, "bottom_right")),
+    *(Case(f"long-blocks-{m}", (1, 4, 2, 300, 413, 64, 64), block_map=m) for m in
+      ("1h:0.4:32x32", "1h:0.4:64x96", "11:0.5:128x128", "1h:0.4:48x64")),  # the last: not for tiles of 32 rows
+    Case("long-blocks-causal", (2, 2, 2, 300, 300, 64, 64), block_map="bh:0.5:96x64", causal="top_left"),
+    Case("long-blocks-whole-rows", (1, 2, 2, 200, 120, 64, 64), block_map="1h:0.5:64x32", dead=True),
+    Case("long-blocks-general", (1, 2, 2, 140, 390, 64, 64), block_map="1h:0.6:32x64", softcap=2.0, bias="half:1hmn",
+         dropout_p=0.2, weights="mean", window=(150, 40)),
+    Case("long-blocks-nan", (2, 2, 1, 140, 390, 64, 64), block_map="1h:0.5:64x64", nan_hidden=True),
     Case("long-D512", (1, 1, 1, 140, 200, 512, 512)),
     Case("long-batch-invariant", (2, 2, 2, 150, 300, 64, 64), batch_invariant=True),
 ]

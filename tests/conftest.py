@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,11 +20,22 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]
     return lambda text: record_property("say", text)
 
 
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Count something over the run; the sums are printed at its end."""
+    return lambda what: record_property("count", what)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts: Counter[str] = Counter()
     for report in terminalreporter.stats.get("passed", []):
         for name, text in report.user_properties:
             if name == "say":
                 terminalreporter.write_line(str(text))
+            if name == "count":
+                counts[str(text)] += 1
+    for what, n in counts.items():
+        terminalreporter.write_line(f"{what}: {n}")
 
 
 @pytest.fixture

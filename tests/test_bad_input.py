@@ -16,6 +16,8 @@ pytestmark = pytest.mark.fast
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
 P = torch.zeros(10, 4, 8)  # packed
 NAN = float("nan")
+MAP = torch.ones(1, 1, 3, 2, dtype=torch.bool)  # blocks of 2 rows and 4 keys
+NESTED = [torch.nested.nested_tensor([torch.zeros(4, n, 8) for n in (3, 5)], layout=torch.jagged) for _ in range(3)]
 
 
 def call(*tensors: Any, **options: Any) -> Callable[[], Any]:
@@ -68,6 +70,23 @@ CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("negative length", call(key_lengths=torch.tensor([-1, 3])), ValueError, "key_lengths"),
     ("floating lengths", call(key_lengths=torch.tensor([1.0, 2.0])), ValueError, "key_lengths.dtype"),
     ("lengths are a list", call(key_lengths=[1, 2]), TypeError, "key_lengths"),
+    ("block map without a size", call(block_map=MAP), TypeError, "block_size"),
+    ("block size without a map", call(block_size=(2, 4)), ValueError, "block_size"),
+    ("block size is a number", call(block_map=MAP, block_size=128), TypeError, "block_size"),
+    ("block size of three", call(block_map=MAP, block_size=(2, 4, 4)), TypeError, "block_size"),
+    ("fractional block size", call(block_map=MAP, block_size=(2.5, 4)), TypeError, "block_size[0] (rows)"),
+    ("block of no keys", call(block_map=MAP, block_size=(2, 0)), ValueError, "block_size"),
+    ("block map is a list", call(block_map=[[True]], block_size=(2, 4)), TypeError, "block_map"),
+    ("floating block map", call(block_map=MAP.float(), block_size=(2, 4)), ValueError, "block_map.dtype"),
+    ("block map of another size", call(block_map=MAP, block_size=(2, 2)), ValueError, "block_map"),
+    ("block map of other heads", call(block_map=MAP.expand(1, 3, 3, 2), block_size=(2, 4)), ValueError, "block_map"),
+    ("block map on another device", call(block_map=MAP.to("meta"), block_size=(2, 4)), ValueError, "block_map.device"),
+    (
+        "block map of nested tensors",
+        lambda: fa.attention(*NESTED, block_map=MAP, block_size=(2, 4)),
+        ValueError,
+        "block_map",
+    ),
     ("unknown alignment", call(causal="lower_right"), ValueError, "causal"),
     ("causal=True has no alignment", call(causal=True), TypeError, "causal"),
     ("negative window", call(window=(-1, 3)), ValueError, "window"),
@@ -115,8 +134,8 @@ def test_malformed_call(
     assert type(caught.value) in (fa.ArgumentError, TypeError)
 
 
-def test_there_are_at_least_forty() -> None:
-    assert len(CALLS) >= 40
+def test_there_are_at_least_sixty() -> None:
+    assert len(CALLS) >= 60
 
 
 def test_argument_error_is_what_torch_users_catch() -> None:

@@ -14,7 +14,7 @@ from fused_attention import decode
 from fused_attention.backends import reference_decode
 from fused_attention.cache import LIMITS, Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache
 from fused_attention.decode import decode_attention
-from fused_attention.dispatch import use_backend
+from fused_attention.dispatch import BackendError, use_backend
 from fused_attention.functional import AttentionResult
 from fused_attention.spec import Options
 
@@ -47,6 +47,7 @@ class Case:
     sinks: bool = False
     batch_invariant: bool = False
     layout: str = "bhnd"  # or "bnhd": how a dense cache and the new tensors lie in memory
+    tree: str | None = None  # which of the last M rows see each other: "1", or "b", one tree for each sequence
     spread: float = 1.0  # values of tokens differ in size by up to this factor
 
     def __str__(self) -> str:
@@ -67,6 +68,17 @@ def _filled(case: Case, cache: Cache, g: torch.Generator) -> None:
             t, found = reference_decode.quantise(t, storage.dtype)
             scales.copy_(found)
         reference_decode._bits(storage).copy_(reference_decode._bits(t.to(storage.dtype)))
+
+
+def ancestry(batch: int, rows: int, g: torch.Generator) -> Tensor:
+    """Random trees [batch, rows, rows]: row i sees itself, its parent (an earlier row, or none) and their ancestors."""
+    mask = torch.eye(rows, dtype=torch.bool).repeat(batch, 1, 1)
+    for b in range(batch):
+        for i in range(1, rows):
+            parent = int(torch.randint(-1, i, (), generator=g))
+            if parent >= 0:
+                mask[b, i] |= mask[b, parent]
+    return mask
 
 
 def make(case: Case, seed: int = 0) -> tuple[Cache, dict[str, Any]]:
@@ -102,6 +114,8 @@ def make(case: Case, seed: int = 0) -> tuple[Cache, dict[str, Any]]:
         arguments["alibi_slopes"] = torch.rand(*((b, h) if case.alibi == "bh" else (h,)), generator=g)
     if case.sinks:
         arguments["sinks"] = torch.randn(h, generator=g).to(case.dtype)
+    if case.tree:
+        arguments["tree_mask"] = ancestry(b if case.tree == "b" else 1, m, g)
     arguments |= {n: getattr(case, n) for n in ("window", "softcap", "scale")}
     return cache, arguments
 
@@ -111,7 +125,8 @@ def described(cache: Cache, arguments: dict[str, Any]) -> tuple[DecodeSpec, Deco
     cos, sin, interleaved = a.pop("rope", None) or (None, None, False)
     slopes = a.pop("alibi_slopes", None)
     slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
-    x = DecodeInputs(a.pop("query"), a.pop("key", None), a.pop("value", None), cos, sin, slopes, a.pop("sinks", None))
+    new = (a.pop("query"), a.pop("key", None), a.pop("value", None))
+    x = DecodeInputs(*new, cos, sin, slopes, a.pop("sinks", None), a.pop("tree_mask", None))
     left, right = a.pop("window", None) or (None, None)
     return decode.describe(cache, x, Options(window_left=left, window_right=right, **a), interleaved), x
 
@@ -256,3 +271,69 @@ def test_matches_the_definition(case: Case, backend: str) -> None:
     if backend == "triton" and INTERPRETED and BF16 in (case.dtype, case.kv_dtype):
         pytest.skip("Triton's interpreter cuts off instead of rounding to bfloat16, and converts no integers to it")
     check(case, backend)
+
+
+# fmt: off
+TREES = [
+    Case("tree", (3, 4, 2, 6, 16, 16), tree="b"),
+    Case("tree-shared-fp16-rope", (3, 4, 2, 7, 16, 24), dtype=F16, tree="1", rope=(16, False), page=5),
+    Case("tree-no-append", (2, 4, 4, 5, 24, 16), tree="b", append=False, sinks=True, softcap=3.0),
+    Case("tree-rope-interleaved", (2, 4, 1, 8, 16, 16), tree="b", rope=(12, True), layout="bnhd"),
+    Case("tree-one-row", (2, 4, 2, 1, 16, 16), tree="b", dtype=BF16),
+    Case("tree-empty-rows", (2, 4, 2, 0, 16, 16), tree="1", rope=(16, False)),
+    Case("tree-int8-paged", (2, 4, 2, 9, 16, 16), dtype=F16, kv_dtype=I8, page=16, tree="b"),
+    Case("tree-fp8", (2, 4, 2, 16, 32, 16), kv_dtype=F8, tree="b", spread=100.0),
+    Case("tree-bf16-40-rows", (2, 4, 2, 40, 32, 32), dtype=BF16, tree="b", capacity=200),
+    Case("tree-int8-40-rows-paged", (2, 2, 1, 40, 16, 16), kv_dtype=I8, tree="b", capacity=200, page=7),
+    Case("tree-splits", (2, 4, 2, 5, 16, 16), capacity=1300, tree="b", sinks=True, batch_invariant=True),
+]
+BY_DEPTH = [
+    Case("tree-window", (3, 4, 2, 9, 16, 16), tree="b", window=(4, 0)),
+    Case("tree-window-alibi-rope", (3, 4, 2, 9, 16, 16), tree="b", window=(30, None), alibi="bh", rope=(16, False)),
+    Case("tree-alibi-paged", (3, 4, 2, 6, 16, 16), tree="1", alibi="h", page=8),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("backend", ["cpu", TRITON])
+@pytest.mark.parametrize("case", TREES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_trees_of_drafted_tokens(case: Case, backend: str) -> None:
+    test_matches_the_definition(case, backend)
+
+
+@pytest.mark.parametrize("case", BY_DEPTH, ids=str)
+def test_what_counts_by_depth_is_not_for_the_cpu_kernels(case: Case) -> None:
+    check(case, "reference")
+    with pytest.raises(BackendError, match="under a tree mask"):
+        check(case, "cpu")
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("case", BY_DEPTH, ids=str)
+def test_what_counts_by_depth(case: Case, backend: str) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", TREES + BY_DEPTH, ids=str)
+def test_a_tree_is_its_branches(case: Case) -> None:
+    """In float64: each row of a tree, alone in a cache that was filled along its branch."""
+    case = replace(case, append=True, kv_dtype=None, dtype=torch.float64, layout="bnhd" if case.page else case.layout)
+    cache, arguments = make(case, 3)
+    tree = arguments.pop("tree_mask").expand(case.sizes[0], -1, -1)
+    out, _ = run("cpu" if case.name in map(str, TREES) else "reference", cache, {**arguments, "tree_mask": tree})
+    for b in range(case.sizes[0]):
+        one = {k: v[b : b + 1] if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in arguments.items()}
+        if case.alibi == "bh":
+            one["alibi_slopes"] = arguments["alibi_slopes"][b : b + 1]
+        for i in range(case.sizes[3]):
+            branch = tree[b, i].nonzero()[:, 0]
+            along = {k: v[:, :, branch] if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in one.items()}
+            if isinstance(cache, PagedKVCache):
+                alone: Cache = replace(
+                    cache, block_table=cache.block_table[b : b + 1], lengths=cache.lengths[b : b + 1]
+                )
+            else:
+                alone = KVCache(cache.key[b : b + 1], cache.value[b : b + 1], cache.lengths[b : b + 1])
+            single, _ = run("reference", alone, along)
+            torch.testing.assert_close(single.output[:, :, -1], out.output[b : b + 1, :, i])

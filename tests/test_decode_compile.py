@@ -39,6 +39,7 @@ class Case:
     rolls: bool = False
     interleaved: bool = False
     precision: str = "highest"
+    tree: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
@@ -59,6 +60,8 @@ CASES = [
     Case("fp8-rows-paged-everything", 8, 4, (128, 128), BF16, F8, page=16, options=EVERYTHING),
     Case("fp8-D512-paged-everything", 1, 4, (512, 512), F16, F8, page=16, options=EVERYTHING),
     Case("ieee-paged-everything", 8, 4, (128, 128), F32, page=16, options=EVERYTHING),
+    Case("tree-rows-paged-everything", 8, 4, (128, 128), BF16, page=16, tree=True, options=EVERYTHING),
+    Case("tree-fp8", 16, 4, (128, 128), BF16, F8, tree=True),
     Case("ieee-D512", 1, 4, (512, 512), F32),
     Case("ieee-int8-D256-everything", 1, 4, (256, 256), F32, I8, options=EVERYTHING),
     Case("tf32-D256-paged", 4, 4, (256, 256), F32, page=16, precision="high"),
@@ -88,7 +91,8 @@ def launches(case: Case, arch: str) -> list[Any]:
     slopes = torch.empty(1, heads) if options.pop("alibi", False) else None
     sinks = torch.empty(heads, dtype=case.dtype) if options.pop("sinks", False) else None
     left, right = options.pop("window", (None, None))
-    x = DecodeInputs(*new, *tables, slopes, sinks)
+    tree = torch.ones(batch, case.rows, case.rows).tril().bool() if case.tree else None
+    x = DecodeInputs(*new, *tables, slopes, sinks, tree)
     spec = describe(cache, x, Options(window_left=left, window_right=right, **options), case.interleaved)
     assert decode.decode_splits(PROCESSORS, batch, kv_heads, 1, capacity) > 1
     return decode.launches(spec, cache, x, arch, PROCESSORS)[0]

@@ -127,28 +127,33 @@ def status(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-S = int(sys.argv[1])
+S, window = int(sys.argv[1]), (int(sys.argv[2]), 0) if len(sys.argv) > 2 else None
 torch.set_num_threads(2)
 q, k, v = (torch.randn(1, 1, S, 64, requires_grad=True) for _ in range(3))
-fa.attention(*(t[:, :, :256].detach().requires_grad_() for t in (q, k, v))).sum().backward()
+fa.attention(*(t[:, :, :256].detach().requires_grad_() for t in (q, k, v)), window=window).sum().backward()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
 before = status("VmRSS")
-fa.attention(q, k, v).sum().backward()
+fa.attention(q, k, v, window=window).sum().backward()
 print(status("VmHWM") - before)
 """
 
 
+def _extra(*arguments: int) -> int:
+    command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+
+
 def test_memory_of_a_long_sequence(say: Callable[[str], None]) -> None:
     """Forward and backward at S 16384, B 1, H 1, D 64, fp32: the scores alone would be 1 GiB."""
-
-    def extra(length: int) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(length)], check=True, capture_output=True, text=True, timeout=300
-        )
-        return int(done.stdout)
-
-    long = extra(16384)
+    long = _extra(16384)
     say(f"extra memory of forward + backward at S 16384, D 64, fp32: {long / 1e6:.1f} MB")
     # The output and the three gradients are 16.8 MB of it: less would mean that nothing was measured.
     assert 16e6 < long < 80e6
+
+
+def test_memory_of_a_long_sequence_with_a_window(say: Callable[[str], None]) -> None:
+    """The same at S 32768 with a window of 1024, whose scores alone would be 4 GiB."""
+    long = _extra(32768, 1024)
+    say(f"extra memory of forward + backward at S 32768, window 1024, D 64, fp32: {long / 1e6:.1f} MB")
+    assert 33e6 < long < 120e6

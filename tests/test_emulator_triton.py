@@ -57,6 +57,8 @@ OPTIONS = [
     (Case("everything", (1, 4, 2, 61, 77, 40, 24), causal="bottom_right", window=(30, 5), softcap=4.0,
           mask="float:b1mn", bias="half:1hmn", alibi="bh", sinks=True, key_lengths=True, dropout_p=0.1, weights="mean",
           dead=True), "bf16"),
+    (Case("block-map", (1, 4, 2, 113, 203, 64, 64), causal="bottom_right", block_map="1h:0.5:32x64", nan_hidden=True),
+     "bf16"),
     (Case("packed", (3, 2, 1, 65, 70, 64, 64), packed=((65, 1, 0), (70, 2, 5)), causal="bottom_right", window=(11, 0)),
      "fp16"),
 ]
@@ -92,11 +94,11 @@ def test_options(case: Case, dtype: str, arch: str, monkeypatch: pytest.MonkeyPa
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------
-DECODE = ("bf16", "fp16-rows", "int8-fp16-rope-paged", "bf16-fp8", "splits-window-alibi")
+DECODE = ("bf16", "fp16-rows", "int8-fp16-rope-paged", "bf16-fp8", "splits-window-alibi", "tree-shared-fp16-rope")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", [c for c in test_decode.CASES if c.name in DECODE], ids=str)
+@pytest.mark.parametrize("case", [c for c in test_decode.CASES + test_decode.TREES if c.name in DECODE], ids=str)
 def test_decoding(case: test_decode.Case, arch: str, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     emulated = Emulated(arch, range(4))
 

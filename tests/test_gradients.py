@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_attention as fa
+from fused_attention.spec import Inputs, Options
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fused_attention.FallbackWarning"),  # second derivatives use the reference
@@ -42,6 +43,7 @@ def _problem(name: str) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
         "lengths": {"key_lengths": torch.tensor([3, 0])},
         "weights-heads": {"return_weights": "heads", "return_lse": True},
         "weights-mean": {"return_weights": "mean", "mask": dead},
+        "blocks": {"block_map": torch.tensor([[True], [False], [True]])[None, None], "block_size": (2, 16)},
     }
     if name in simple:
         options = simple[name]
@@ -70,7 +72,7 @@ def _problem(name: str) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
 
 NAMES = [
     "plain", "causal", "window", "softcap", "dead", "float-mask", "alibi", "lengths", "weights-heads",
-    "weights-mean", "bias-sinks", "broadcast-mask", "packed", "dropout",
+    "weights-mean", "blocks", "bias-sinks", "broadcast-mask", "packed", "dropout",
 ]  # fmt: skip
 
 
@@ -136,20 +138,20 @@ def test_opcheck(needs_grad: bool) -> None:
     bias = torch.randn(1, 4, 5, 5, requires_grad=needs_grad)
     sinks = torch.randn(4, requires_grad=needs_grad)
     seqs, lengths = torch.tensor([0, 2, 6]), torch.tensor([5, 3])
-    tail = (0.0, False)
-    samples = [
-        (q, k, v, *(None,) * 8, "top_left", None, None, None, None, *tail, None, None, None),
-        (q, k, v, None, bias, None, sinks, lengths, None, None, None, None, 2, 1, 5.0, 0.3, *tail, "mean", None, None),
-        (q, k, v, *(None,) * 7, torch.tensor([7]), None, None, None, None, None, 0.5, False, "heads", None, None),
-        (*packed, *(None,) * 5, seqs, seqs, None, None, None, None, None, None, *tail, None, 4, 4),
-        (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *(None,) * 8, None, None, None, None, None, *tail,
-         None, None, None),
-    ]  # fmt: skip
-    for sample in samples:
-        torch.library.opcheck(torch.ops.fused_attention.attention.default, sample)
+    blocks = torch.tensor([[[[True], [False]]]])
+    samples: list[tuple[Inputs, Options]] = [
+        (Inputs(q, k, v), Options(causal="top_left")),
+        (Inputs(q, k, v, bias=bias, sinks=sinks, key_lengths=lengths), Options(None, 2, 1, 5.0, 0.3, weights="mean")),
+        (Inputs(q, k, v, seed=torch.tensor([7])), Options(dropout_p=0.5, weights="heads")),
+        (Inputs(*packed, cu_seqlens_q=seqs, cu_seqlens_k=seqs), Options(max_seqlen_q=4, max_seqlen_k=4)),
+        (Inputs(*(t.transpose(1, 2) for t in (q, k, v))), Options()),
+        (Inputs(q, k, v, block_map=blocks), Options(block_rows=3, block_columns=16)),
+    ]
+    for inputs, options in samples:
+        torch.library.opcheck(torch.ops.fused_attention.attention.default, (*inputs, *options))
 
 
-@pytest.mark.parametrize("name", ["plain", "bias-sinks", "weights-mean", "packed"])
+@pytest.mark.parametrize("name", ["plain", "bias-sinks", "weights-mean", "packed", "blocks"])
 def test_compiled_is_equal(name: str) -> None:
     run, inputs = _problem(name)
 

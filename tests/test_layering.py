@@ -31,7 +31,7 @@ ORDER = [
     ["backends"],
     ["cache", "varlen"],
     ["spec", "philox", "layout"],
-    ["device"],
+    ["device", "arguments"],
 ]
 RANK = {name: place for place, names in enumerate(ORDER) for name in names}
 

@@ -113,6 +113,26 @@ class Histories(RuleBasedStateMachine):
         for s in self.cache.sequences:
             del self.model[s][tokens:]
 
+    @rule(last=st.integers(0, 4), data=st.data())
+    def keep(self, last: int, data: st.DataObject) -> None:
+        """The pages of another sequence, which shares them, stay as they are."""
+        ids = self.cache.sequences
+        rows = [data.draw(st.lists(st.integers(0, last - 1), max_size=last) if last else st.just([])) for _ in ids]
+        pool, before = self.cache.pool, copy.deepcopy(vars(self.cache.pool))
+        if any(len(self.model[s]) < last for s in ids):
+            with pytest.raises(ArgumentError, match="last"):
+                self.cache.keep(rows, last)
+            assert vars(pool) == before
+            return
+        try:
+            self.cache.keep(rows, last)
+        except ArgumentError as error:
+            assert "more pages needed" in str(error) and vars(pool) == before
+            return
+        for s, kept in zip(ids, rows, strict=True):
+            tail = self.model[s][len(self.model[s]) - last :]
+            self.model[s][len(self.model[s]) - last :] = [tail[i] for i in kept]
+
     @invariant()
     def holds_the_same_tokens(self) -> None:
         cache = self.cache
@@ -180,3 +200,20 @@ def test_room_taken_in_advance_is_not_shared() -> None:
     pool.free(a)
     pool.free(b)
     assert pool.free_pages == 8
+
+
+def test_pages_are_owned_before_they_are_written() -> None:
+    """Of three holders two copy the pages that hold tokens 5 .. 9; those before and behind stay shared."""
+    pool = PagePool(9, 4)
+    a = pool.add()
+    pool.make_room([a], 14)
+    pool.advance([a], 14)
+    b = pool.fork(a)
+    c = pool.fork(a)
+    before = list(pool.pages(a))
+    assert [old for old, _ in pool.own([a, b], [(5, 9), (5, 9)])] == before[1:3] * 2
+    assert pool.pages(c) == before and pool.free_pages == 1
+    assert [pool.holders(p) for p in before] == [3, 1, 1, 3]
+    with pytest.raises(ArgumentError, match="cache: got 2 more pages needed"):
+        pool.own([a, b, c], [(0, 2), (12, 14), (4, 4)])
+    assert pool.own([c], [(4, 8)]) == [] and pool.free_pages == 1

@@ -54,6 +54,7 @@ CONSTANT: dict[str, Callable[[], dict[str, Any]]] = {
     "alibi": lambda: {"alibi_slopes": torch.rand(H), "causal": "bottom_right"},
     "lengths": lambda: {"key_lengths": torch.tensor([4, 0])},
     "lengths-causal": lambda: {"key_lengths": torch.tensor([6, 3]), "causal": "bottom_right"},
+    "blocks": lambda: {"block_map": torch.tensor([[[[True], [False]]]]), "block_size": (3, 16), "causal": "top_left"},
     "lse": lambda: {"return_lse": True, "causal": "top_left"},
     "weights-heads": lambda: {"return_weights": "heads", "mask": _dead(B, 1, M, N)},
     "weights-mean": lambda: {"return_weights": "mean", "return_lse": True},

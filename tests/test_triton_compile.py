@@ -87,6 +87,8 @@ OPTIONS = [
     (Case("bias", _WIDE, bias="half:1hmn"), "sm_90 gfx942"),
     (Case("dropout", _WIDE, dropout_p=0.1, causal="top_left"), "sm_80 sm_90 sm_100"),
     (Case("softcap-sinks-alibi", _WIDE, softcap=30.0, sinks=True, alibi="h", causal="top_left"), "sm_80 sm_100"),
+    (Case("block-map", _WIDE, block_map="1h:0.5:128x128", causal="top_left"), "sm_80 sm_90 sm_100 gfx942"),
+    (Case("block-map-16", _WIDE, block_map="1h:0.5:16x16"), "sm_90"),
     (Case("packed", (3, 8, 2, 512, 512, 128, 128), packed=((512, 0, 100), (512, 0, 100)), causal="top_left"),
      "sm_80 sm_90 gfx942"),
     (Case("weights", _LONG, weights="mean", mask="bool:b11n"), "sm_90 sm_100"),

@@ -32,6 +32,7 @@ HEAVY: list[dict[str, Any]] = [
     {"dropout_p": 0.1},
     {"weights": "mean"},
     {"packed": True, "window": (64, 0)},
+    {"block_map": (128, 128)},
 ]
 LIGHT: list[dict[str, Any]] = [
     {},
@@ -67,6 +68,19 @@ def test_unknown_chips_take_the_numbers_of_a_relative() -> None:
 def test_what_is_heavy() -> None:
     assert all(configs.heavy(replace(PLAIN, **fields)) for fields in HEAVY)
     assert not any(configs.heavy(replace(PLAIN, **fields)) for fields in LIGHT)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 96), (64, 128), (128, 128), (256, 1024)], ids=str)
+def test_whole_tiles_make_up_a_block(size: tuple[int, int]) -> None:
+    """Of every kernel on every chip, and where a config is forced."""
+    for kernel, arch, spec, unmapped in every():
+        mapped = replace(spec, mask=torch.bool, block_map=size)
+        c = getattr(configs, kernel)(arch, mapped)
+        assert size[0] % c.BLOCK_M == 0 and size[1] % c.BLOCK_N == 0 and min(c[:2]) >= 16, f"{kernel} {arch} {c}"
+        if spec.mask is not None:
+            assert c.BLOCK_M in (unmapped.BLOCK_M, size[0] & -size[0])
+    with configs.override("forward", Config(128, 128, 8, 2)):
+        assert configs.forward("sm_90", replace(PLAIN, block_map=(32, 64)))[:2] == (32, 64)
 
 
 def test_every_choice_is_one_that_the_kernels_can_take() -> None:

@@ -81,22 +81,25 @@ class AmxBackwardTask {
   const AmxBackward& f_;
   const AttentionParams& p_;
   int64_t b_, hk_, chunk_, key_ = 0, group_ = 0, row_ = 0;
+  int sub_ = 0;
   float* partial_;
   Arena arena_;
   AmxBackwardScratch w_;
   Queue soon_, later_;      // by the next item; by the end of the next block of rows
   Batch query_gradient_{};  // of the last item
   int form_ = 0;
-  Item panels_[kBlockPanels];  // of the block of rows at hand; what they see of the keys
+  uint32_t seen_[kBlockPanels];  // of the block of rows at hand: a bit for each panel of keys that its panels see
 
   bool next_work(Work& work) {
     for (; group_ < p_.H / p_.HK; ++group_, row_ = 0) {
       work.x = make_problem(p_, b_, hk_ * (p_.H / p_.HK) + group_);
       while (row_ < work.x.rows) {
-        const int64_t row = row_;
-        row_ += kPanel;
-        work.group = group_, work.block = row / (kBlockPanels * kPanel);
-        if (make_item(work.x, row, static_cast<int>(row / kPanel % kBlockPanels), key_, work.it)) return true;
+        work.group = group_, work.block = row_ / (kBlockPanels * kPanel);
+        const int panel = static_cast<int>(row_ / kPanel % kBlockPanels);
+        const bool found = make_item(work.x, row_, panel, key_, sub_, work.it);
+        sub_ = found && p_.block_map.data ? work.it.last : 0;
+        if (sub_ == 0) row_ += kPanel;
+        if (found) return true;
       }
     }
     return false;
@@ -117,10 +120,10 @@ class AmxBackwardTask {
       if (more) push_products(next, turn ^ 1);
       soon_.push(query_gradient_);
       query_gradient_.count = 0;
-      Item& it = panels_[now.it.panel] = now.it;
-      if (!(is_plain(now) ? plain_gradient(now, turn) : general_gradient(now, turn))) it.last = it.first;
+      const bool any = is_plain(now) ? plain_gradient(now, turn) : general_gradient(now, turn);
+      for (int sub = now.it.first; any && sub < now.it.last; ++sub) seen_[now.it.panel] |= 1u << sub;
       soon_.run_all();
-      if (partial_ && it.last > it.first) query_gradient_ = query_gradient_of(now);
+      if (partial_ && any) query_gradient_ = query_gradient_of(now);
       if (!more || next.group != now.group || next.block != now.block) close_block(now);
       turn ^= 1;
     }
@@ -163,7 +166,7 @@ class AmxBackwardTask {
   }
 
   void clear_panels() {
-    for (Item& it : panels_) it.first = it.last = 0;
+    for (uint32_t& seen : seen_) seen = 0;
   }
 
   // The block of rows is complete: dV and dK of it wait for the next one's items.
@@ -173,10 +176,10 @@ class AmxBackwardTask {
     for (int sub = 0; sub < kSubs; ++sub) {
       int from = kBlockPanels, to = 0;
       for (int i = 0; i < kBlockPanels; ++i)
-        if (panels_[i].first <= sub && sub < panels_[i].last) from = min_of(from, i), to = i + 1;
+        if (seen_[i] >> sub & 1) from = min_of(from, i), to = i + 1;
       if (from >= to) continue;
       for (int i = from; i < to; ++i)  // a panel in between may see nothing here
-        if (sub < panels_[i].first || sub >= panels_[i].last)
+        if (!(seen_[i] >> sub & 1))
           for (int part = 0; part < f_.packed.parts; ++part) {
             const int64_t at = part * kForm + i * kItem + sub * 2 * kTile;
             __builtin_memset(form.p + at, 0, 4 * kTile);
@@ -253,7 +256,7 @@ class AmxBackwardTask {
     const Item& it = work.it;
     Tile t;
     const int keys = static_cast<int>(min_of<int64_t>(kKeyBlock, work.x.seen - it.key));
-    if (!make_tile(work.x, it.row, it.rows, it.key, keys, t)) return false;
+    if (!make_tile(work.x, it.row, it.rows, it.key, keys, t, keys_of(it))) return false;
     float *s = w_.s + turn * kItem, *dp = w_.dp + turn * kItem;
     const int64_t ld = f_.general.lds;
     to_rows(it, s, f_.scale, w_.w.s, ld);

@@ -88,7 +88,7 @@ class AmxForwardTask {
   const AttentionParams& p_;
   const Problem& x_;
   int64_t row_, key_, end_;
-  int panels_, panel_ = 0;
+  int panels_, panel_ = 0, sub_ = 0;
   bool fresh_[kForwardPanels];  // nothing was added to O of the panel yet
   Arena arena_;
   AmxForwardScratch w_;
@@ -112,8 +112,10 @@ class AmxForwardTask {
   bool next_item(Item& it) {
     for (; key_ < end_; key_ += kKeyBlock, panel_ = 0)
       while (panel_ < panels_) {
-        const int i = panel_++;
-        if (make_item(x_, row_ + i * kPanel, i, key_, it)) return true;
+        const bool found = make_item(x_, row_ + panel_ * kPanel, panel_, key_, sub_, it);
+        sub_ = found && p_.block_map.data ? it.last : 0;
+        panel_ += sub_ == 0;
+        if (found) return true;
       }
     return false;
   }
@@ -191,7 +193,7 @@ class AmxForwardTask {
   bool general_softmax(const Item& it, int turn) {
     Tile t;
     const int keys = static_cast<int>(min_of<int64_t>(kKeyBlock, x_.seen - it.key));
-    if (!make_tile(x_, it.row, it.rows, it.key, keys, t)) return false;
+    if (!make_tile(x_, it.row, it.rows, it.key, keys, t, keys_of(it))) return false;
     float* s = scores(turn);
     to_rows(it, s, f_.scale, w_.rows, kRowStep);
     finish_scores<float>(x_, t, w_.rows, kRowStep, nullptr, w_.row);

@@ -28,15 +28,23 @@ struct Item {
   bool whole;  // every row sees every key of these panels
 };
 
-// False if the panel of rows sees none of the keys key .. key + kKeyBlock.
-FA_INLINE bool make_item(const Problem& x, int64_t row, int panel, int64_t key, Item& it) {
+// False if the panel of rows sees none of the keys key + 32 from .. key + kKeyBlock. Where a block map hides some in
+// between, those beyond are another item.
+FA_INLINE bool make_item(const Problem& x, int64_t row, int panel, int64_t key, int from, Item& it) {
   it.row = row, it.key = key, it.panel = panel;
   it.rows = static_cast<int>(min_of<int64_t>(kPanel, x.rows - row));
   const Range first = visible(x, row), last = visible(x, row + it.rows - 1);
   const int64_t lo = max_of<int64_t>(min_of(first.lo, last.lo) - key, 0);
   const int64_t hi = min_of<int64_t>(last.hi - key, kKeyBlock);
   if (hi <= lo) return false;
-  it.first = static_cast<int>(lo / kPanel), it.last = static_cast<int>(ceil_div(hi, kPanel));
+  it.first = max_of(static_cast<int>(lo / kPanel), from), it.last = static_cast<int>(ceil_div(hi, kPanel));
+  if (x.p->block_map.data) {
+    const auto shown = [&](int sub) { return block_shown(x, row / x.p->block_m, (key + sub * kPanel) / x.p->block_n); };
+    while (it.first < it.last && !shown(it.first)) ++it.first;
+    const int end = it.last;
+    for (it.last = it.first; it.last < end && shown(it.last);) ++it.last;
+  }
+  if (it.last <= it.first) return false;
   it.whole = last.lo - key <= it.first * kPanel && first.hi - key >= it.last * kPanel;
   return true;
 }
@@ -213,11 +221,16 @@ FA_INLINE void clear_hidden(const Item& it, const Tile& t, float* rows, int64_t 
   }
 }
 
-// Whether the tiles are the better way: half types, and enough rows and keys to fill some of a tile.
+// The keys of an item, relative to its first.
+FA_INLINE Span keys_of(const Item& it) { return {it.first * kPanel, it.last * kPanel}; }
+
+// Whether the tiles are the better way: half types, enough rows and keys to fill some of a tile, and no block that ends
+// within a panel.
 FA_INLINE bool amx_wanted(const AttentionParams& p) {
   const bool half = p.q.dtype == DType::bf16 || p.q.dtype == DType::f16;
   return half && p.k.dtype == p.q.dtype && p.v.dtype == p.q.dtype && p.M > kLaneRows && p.N > kLaneRows &&
-         p.B * p.H > 0 && max_of(p.D, p.DV) <= kMaxHeadDim;
+         p.B * p.H > 0 && max_of(p.D, p.DV) <= kMaxHeadDim &&
+         (!p.block_map.data || (p.block_m % kPanel == 0 && p.block_n % kPanel == 0));
 }
 
 FA_END

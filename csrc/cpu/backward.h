@@ -84,8 +84,9 @@ template <class T>
   const Problem any = make_problem(p, b, hk * group);
   const int64_t end = min_of(any.keys, (chunk + 1) * f.chunk_keys);
   Tile t;
-  for (int64_t key = chunk * f.chunk_keys; key < end; key += f.bn) {
-    const int keys = static_cast<int>(min_of<int64_t>(f.bn, end - key));
+  int keys;
+  for (int64_t key = chunk * f.chunk_keys; key < end; key += keys) {
+    keys = static_cast<int>(cut_keys(p, key, min_of<int64_t>(f.bn, end - key)));
     const size_t rows = static_cast<size_t>(round_up(f.bn, MR));
     __builtin_memset(n.dk, 0, sizeof(T) * rows * static_cast<size_t>(f.ldq));
     __builtin_memset(n.dv, 0, sizeof(T) * rows * static_cast<size_t>(f.ldv));
@@ -161,8 +162,9 @@ template <class T>
   const Range r = visible(x, row, rows);
   Tile t;
   pack_queries(w.q, f.ldq, x, row, rows);
-  for (int64_t key = r.lo / f.bn * f.bn; key < r.hi; key += f.bn) {
-    const int keys = static_cast<int>(min_of<int64_t>(f.bn, x.seen - key));
+  int keys;
+  for (int64_t key = r.lo / f.bn * f.bn; key < r.hi; key += keys) {
+    keys = static_cast<int>(cut_keys(x, row, rows, key, min_of<int64_t>(f.bn, x.seen - key)));
     if (!make_tile(x, row, rows, key, keys, t)) continue;
     pack_keys(x, f, key, keys, w);
     probabilities<T>(x, f, t, w);
@@ -250,7 +252,7 @@ template <class T>
   if (pairs == 0) return true;
   const int64_t group = p.H / p.HK, batch = p.batch_invariant ? 1 : p.B;
   f.chunks = backward_chunks<T>(batch, p.HK, group, p.M, p.N, p.D, f.bn);
-  f.chunk_keys = round_up(ceil_div(max_of<int64_t>(p.N, 1), f.chunks), f.bn);
+  f.chunk_keys = round_up(ceil_div(max_of<int64_t>(p.N, 1), f.chunks), p.block_map.data ? p.block_n : f.bn);
   f.partial_rows = round_up(p.M, MR);
   const int64_t per_pair = f.chunks * group * f.partial_rows * f.ldq * static_cast<int64_t>(sizeof(T));
   int64_t wave = pairs;

@@ -61,15 +61,16 @@ template <class T>
       for (int64_t row = r.row.lo; row < r.row.hi; row += f.bm) {
         const int rows = static_cast<int>(min_of<int64_t>(f.bm, r.row.hi - row));
         bool packed = false;
-        for (int64_t key = r.key.lo; key < r.key.hi; key += f.bn) {
-          const int keys = static_cast<int>(min_of<int64_t>(f.bn, r.key.hi - key));
+        int keys;
+        for (int64_t key = r.key.lo; key < r.key.hi; key += keys) {
+          keys = static_cast<int>(cut_keys(f.p, key, min_of<int64_t>(f.bn, r.key.hi - key)));
           if (!make_tile(x, row, rows, key, keys, t)) continue;
           if (!packed) pack_queries(w.q, f.ldq, x, row, rows), pack_dout(x, f, row, rows, w);
           packed = true;
           pack_keys(x, f, key, keys, w);
           pack_values(x, f, key, keys, w);
           score_gradient<T>(x, f, t, w, false);
-          reduce_tile(r, t, w.dp, f.lds, acc);
+          reduce_tile(r, t, w.dp, f.lds, r.sum_keys ? acc : acc + (key - r.key.lo));
         }
       }
     }

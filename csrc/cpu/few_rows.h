@@ -297,10 +297,11 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
 }
 
 // Whether these kernels are the faster ones, or the only ones. What they leave to forward.h: dropout, packed sequences,
-// many rows.
+// block maps, which differ from head to head, many rows.
 [[maybe_unused]] static bool few_rows_wanted(const AttentionParams& p) {
   if (p.cached) return p.M > 0 && p.N > 0 && p.B * p.H > 0;
-  return p.M > 0 && p.M <= kLaneRows && p.N > 0 && p.B * p.H > 0 && !p.cu_seqlens_q && !has_dropout(p) && !p.stats.data;
+  return p.M > 0 && p.M <= kLaneRows && p.N > 0 && p.B * p.H > 0 && !p.cu_seqlens_q && !has_dropout(p) &&
+         !p.stats.data && !p.block_map.data;
 }
 
 [[maybe_unused]] static bool few_rows(const AttentionParams& p) {

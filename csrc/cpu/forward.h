@@ -16,6 +16,7 @@ template <class T>
 struct Forward {
   AttentionParams p;
   int bm, bn;
+  int step;        // rows from one block to the next, at most bm
   int64_t blocks;  // of rows
   int64_t ldq, lds, ldo;
 };
@@ -133,9 +134,9 @@ template <class T>
   const int64_t pair = task / f.blocks;
   const Problem x = make_problem(p, pair / p.H, pair % p.H);
   // Causal rows see the more keys the further down they are: the last block is handed out first.
-  const int64_t row = (f.blocks - 1 - task % f.blocks) * f.bm;
+  const int64_t row = (f.blocks - 1 - task % f.blocks) * f.step;
   if (row >= x.rows) return;
-  const int rows = static_cast<int>(min_of<int64_t>(f.bm, x.rows - row));
+  const int rows = static_cast<int>(min_of<int64_t>(f.step, x.rows - row));
   Arena arena{reinterpret_cast<uintptr_t>(scratch)};
   const ForwardScratch<T> w(f, arena);
 
@@ -144,8 +145,9 @@ template <class T>
   __builtin_memset(w.o, 0, sizeof(T) * static_cast<size_t>(f.bm * f.ldo));
   const Range r = visible(x, row, rows);
   Tile t;
-  for (int64_t key = r.lo / 16 * 16; key < r.hi; key += f.bn) {
-    const int keys = static_cast<int>(min_of<int64_t>(f.bn, r.hi - key));
+  int keys;
+  for (int64_t key = r.lo / 16 * 16; key < r.hi; key += keys) {
+    keys = static_cast<int>(cut_keys(x, row, rows, key, min_of<int64_t>(f.bn, r.hi - key)));
     if (make_tile(x, row, rows, key, keys, t)) forward_tile<T>(x, f, t, w);
   }
   write_rows<T>(x, row, rows, w.o, f.ldo, w.m, w.l);
@@ -156,9 +158,10 @@ template <class T>
   Forward<T> f{};
   f.p = p;
   const Blocks most = forward_blocks<T>(p.D, p.DV);
-  f.bm = even_rows(p.M, most.m);
+  f.step = cut_rows(p, most.m);
+  f.bm = static_cast<int>(round_up(f.step, MR));
   f.bn = static_cast<int>(min_of<int64_t>(most.n, max_of<int64_t>(round_up(p.N, NR<T>), NR<T>)));
-  f.blocks = ceil_div(p.M, f.bm);
+  f.blocks = ceil_div(p.M, f.step);
   f.ldq = padded<T>(p.D), f.lds = padded<T>(f.bn), f.ldo = padded<T>(p.DV);
   Arena count{0};
   ForwardScratch<T> layout(f, count);

@@ -1,6 +1,7 @@
 // One batch element (or packed sequence) with one query head: its sizes, and which keys each of its rows sees.
 //
-// Row i sees the keys of one interval [lo, hi), whose ends do not decrease with i; a mask may hide more of them.
+// Row i sees the keys of one interval [lo, hi), whose ends do not decrease with i; a mask or a block map may hide more of
+// them. A block map hides whole tiles, or whole rows of a tile: no tile has keys of which a row sees some blocks only.
 #pragma once
 #include "convert.h"
 #include "gemm.h"
@@ -51,27 +52,73 @@ FA_INLINE Range visible(const Problem& x, int64_t row, int64_t rows) {  // of a 
   return {min_of(first.lo, last.lo), last.hi};
 }
 
+// --- block maps -------------------------------------------------------------------------------------------------------
+
+FA_INLINE bool block_shown(const Problem& x, int64_t band, int64_t column) {
+  return *address(x.p->block_map, x.b, x.h, band, column) != 0;
+}
+
+// How many keys a tile takes that begins at `key`, at most `most`: all of them in one block, and a block in even pieces.
+FA_INLINE int64_t cut_keys(const AttentionParams& p, int64_t key, int64_t most) {
+  if (!p.block_map.data) return most;
+  const int64_t piece = round_up(ceil_div(p.block_n, ceil_div(p.block_n, most)), 16), inside = key % p.block_n;
+  return min_of(min_of(most, p.block_n - inside), piece - inside % piece);
+}
+
+// The same for a tile of rows row .. row + rows alone: neighbouring blocks are one where none of the rows tells them
+// apart.
+FA_INLINE int64_t cut_keys(const Problem& x, int64_t row, int64_t rows, int64_t key, int64_t most) {
+  const AttentionParams& p = *x.p;
+  if (!p.block_map.data) return most;
+  const int64_t column = key / p.block_n, first = row / p.block_m, last = (row + rows - 1) / p.block_m;
+  int64_t next = column + 1;
+  for (bool same = true; same && next * p.block_n < key + most; next += same)
+    for (int64_t band = first; same && band <= last; ++band)
+      same = block_shown(x, band, column) == block_shown(x, band, next);
+  return min_of(most, next * p.block_n - key);
+}
+
+// Rows from one tile to the next: none of them in two bands of blocks, unless those are short.
+FA_INLINE int cut_rows(const AttentionParams& p, int most) {
+  if (!p.block_map.data || p.block_m < 32) return even_rows(p.M, most);
+  return static_cast<int>(min_of(ceil_div(p.block_m, ceil_div(p.block_m, most)), max_of<int64_t>(p.M, 1)));
+}
+
+// --- tiles ------------------------------------------------------------------------------------------------------------
+
 // A tile of the scores: rows row .. row + rows, keys key .. key + keys.
 struct Tile {
   int64_t row, key;
   int rows, keys;
+  Span within;                   // of its keys: those that are looked at
   bool ragged;                   // not every row sees all keys of the tile
   Span span[kMaxRows];           // for each row, the keys it sees, relative to `key`
   Span panel[kMaxRows / 4 + 1];  // the union over each panel of MR rows
   const Span* panels() const { return ragged ? panel : nullptr; }
 };
 
-// False if the tile is hidden altogether.
-[[maybe_unused]] static bool make_tile(const Problem& x, int64_t row, int rows, int64_t key, int keys, Tile& t) {
+// False if the tile is hidden altogether. within: the keys that are looked at, if not all.
+[[maybe_unused]] static bool make_tile(const Problem& x, int64_t row, int rows, int64_t key, int keys, Tile& t,
+                                       Span within = {0, kMaxKeys}) {
   const Range first = visible(x, row), last = visible(x, row + rows - 1);
-  t.row = row, t.key = key, t.rows = rows, t.keys = keys;
-  if (last.hi <= key || first.lo >= key + keys) return false;
-  t.ragged = !(last.lo <= key && first.hi >= key + keys);
+  within.hi = min_of(within.hi, keys);
+  t.row = row, t.key = key, t.rows = rows, t.keys = keys, t.within = within;
+  if (last.hi <= key + within.lo || first.lo >= key + within.hi) return false;
+  t.ragged = !(last.lo <= key && first.hi >= key + keys && within.lo == 0 && within.hi == keys);
+  const bool mapped = x.p->block_map.data != nullptr;
+  const int64_t size = x.p->block_m, column = mapped ? (key + within.lo) / x.p->block_n : 0;
+  if (mapped) {
+    int64_t bands = 0, shown = 0;
+    for (int64_t band = row / size; band * size < row + rows; ++band, ++bands) shown += block_shown(x, band, column);
+    if (shown == 0) return false;
+    t.ragged = t.ragged || shown < bands;
+  }
   bool any = !t.ragged;
   for (int i = 0; t.ragged && i < rows; ++i) {
     const Range r = visible(x, row + i);
-    Span s{static_cast<int>(max_of<int64_t>(r.lo - key, 0)), static_cast<int>(min_of<int64_t>(r.hi - key, keys))};
-    if (s.hi <= s.lo) s = {0, 0};
+    Span s{static_cast<int>(max_of<int64_t>(r.lo - key, within.lo)),
+           static_cast<int>(min_of<int64_t>(r.hi - key, within.hi))};
+    if (s.hi <= s.lo || (mapped && !block_shown(x, (row + i) / size, column))) s = {0, 0};
     t.span[i] = s;
     Span& u = t.panel[i / MR];
     if (i % MR == 0 || u.hi <= u.lo)
@@ -86,7 +133,9 @@ FA_INLINE Span row_span(const Tile& t, int i) { return t.ragged ? t.span[i] : Sp
 FA_INLINE Span panel_span(const Tile& t, int i) { return t.ragged ? t.panel[i / MR] : Span{0, t.keys}; }
 
 // Whether a tile may hide some of its elements: only then can a NaN in K or V matter to nobody.
-FA_INLINE bool may_hide(const Problem& x, const Tile& t) { return t.ragged || x.p->mask.data || x.p->bias.data; }
+FA_INLINE bool may_hide(const Problem& x, const Tile& t) {
+  return t.ragged || x.p->mask.data || x.p->bias.data || (x.p->tree.data && t.key + t.keys > x.seen - x.rows);
+}
 
 FA_INLINE bool has_dropout(const AttentionParams& p) { return p.dropout_p > 0.0; }
 FA_INLINE Philox dropout_state(const Problem& x) {

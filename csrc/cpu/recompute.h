@@ -210,7 +210,7 @@ template <class T>
     if (drop) keep_row<T>(x, t, i, v, w);
     if (f.rest) dweights_row<T>(x, t, i, v, w);
     const int64_t at = x.row0 + t.row + i;
-    if (row_is_whole(x, t.row + i, t.key, t.keys)) {
+    if (row_is_whole(x, t.row + i, t.key + t.within.lo, t.within.hi - t.within.lo)) {
       const T dlse = p.dlse.data ? *element<T>(p.dlse, x.batch, x.h, at) : T(0);
       T sink = 0;  // its share of the softmax
       if (p.sinks.data) {

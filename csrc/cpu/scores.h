@@ -13,7 +13,7 @@ struct RowBuffers {  // one row of a tile each, [kMaxKeys + 16]
 
 // Whether the products are the scores already.
 FA_INLINE bool plain_scores(const AttentionParams& p) {
-  return p.softcap == 0.0 && !p.mask.data && !p.bias.data && !p.alibi.data;
+  return p.softcap == 0.0 && !p.mask.data && !p.bias.data && !p.alibi.data && !p.tree.data;
 }
 
 // s[j] += a[j], where -inf hides even a NaN.
@@ -36,6 +36,16 @@ template <class T>
 FA_INLINE void load_additive(const Problem& x, const Tensor& a, const Tile& t, int i, T* buf) {
   if (i > 0 && a.stride[2] == 0) return;
   load_strided(buf, address(a, x.b, x.h, t.row + i, t.key), a.dtype, a.stride[3], t.keys);
+}
+
+// Hides what a tree mask does of the last keys from row i, and all from a row that does not exist: one that stands
+// before the first key.
+template <class T>
+FA_INLINE void hide_branches(const Problem& x, const Tile& t, int i, T* row, Span own) {
+  const int64_t first = x.seen - x.rows, at = t.row + i;
+  const bool exists = first + at >= 0;
+  for (int64_t j = exists ? max_of<int64_t>(own.lo, first - t.key) : own.lo; j < own.hi; ++j)
+    if (!exists || *address(x.p->tree, x.b, at, t.key + j - first) == 0) row[j] = -kInf<T>;
 }
 
 // Finishes a tile s [rows, ld]. Each row is defined on the span of its panel, rounded out to whole vectors, and -inf
@@ -68,6 +78,7 @@ template <class T>
         load_additive(x, p.bias, t, i, buf.bias);
         add_hiding(row, buf.bias, own.lo, own.hi);
       }
+      if (p.tree.data) hide_branches(x, t, i, row, own);
     }
     for (int j = from; j < own.lo; ++j) row[j] = -kInf<T>;
     for (int j = own.hi; j < to; ++j) row[j] = -kInf<T>;

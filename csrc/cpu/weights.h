@@ -36,8 +36,9 @@ template <class T>
   Arena arena{reinterpret_cast<uintptr_t>(scratch)};
   const Scratch<T> w(f, arena);
   Tile t;
-  for (int64_t key = 0; key < p.N; key += f.bn) {
-    const int keys = static_cast<int>(min_of<int64_t>(f.bn, p.N - key));
+  int keys;
+  for (int64_t key = 0; key < p.N; key += keys) {
+    keys = static_cast<int>(cut_keys(p, key, min_of<int64_t>(f.bn, p.N - key)));
     __builtin_memset(w.dp, 0, sizeof(T) * static_cast<size_t>(f.bm * f.lds));
     for (int64_t h = first; h < last; ++h) {
       const Problem x = make_problem(p, b, h);

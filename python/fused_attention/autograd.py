@@ -107,6 +107,7 @@ def _attention_op(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
+    block_map: Tensor | None,
     causal: str | None,
     window_left: int | None,
     window_right: int | None,
@@ -117,10 +118,14 @@ def _attention_op(
     weights: str | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
+    block_rows: int | None,
+    block_columns: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = Inputs(query, key, value, mask, bias, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, seed)
+    optional = (mask, bias, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, block_map)
+    x = Inputs(query, key, value, *optional)
     options = (causal, window_left, window_right, softcap, scale, dropout_p, batch_invariant, weights)
-    spec = make_spec(x, Options(*options, max_seqlen_q, max_seqlen_k))  # type: ignore[arg-type]
+    sizes = (max_seqlen_q, max_seqlen_k, block_rows, block_columns)
+    spec = make_spec(x, Options(*options, *sizes))  # type: ignore[arg-type]
     out = BACKENDS[select(spec, Device.of(query)).backend].forward(spec, x)
     output = _laid_out_like(query, out.output)
     return output, out.lse.contiguous(), query.new_empty(0) if out.weights is None else out.weights.contiguous()
@@ -167,6 +172,7 @@ def _backward_op(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
+    block_map: Tensor | None,
     causal: str | None,
     window_left: int | None,
     window_right: int | None,
@@ -177,12 +183,16 @@ def _backward_op(
     weights: str | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
+    block_rows: int | None,
+    block_columns: int | None,
     needs: str,
 ) -> list[Tensor]:
-    x = Inputs(query, key, value, mask, bias, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, seed)
+    optional = (mask, bias, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, block_map)
+    x = Inputs(query, key, value, *optional)
     options = (causal, window_left, window_right, softcap, scale, dropout_p, batch_invariant, weights)
+    sizes = (max_seqlen_q, max_seqlen_k, block_rows, block_columns)
     names = needs.split(",")
-    spec = make_spec(x, Options(*options, max_seqlen_q, max_seqlen_k))  # type: ignore[arg-type]
+    spec = make_spec(x, Options(*options, *sizes))  # type: ignore[arg-type]
     spec = replace(spec, gradients=frozenset(names))
     chosen = select(spec, Device.of(query)).backend
     found = BACKENDS[chosen].backward(spec, x, Outputs(output, lse, None), (dout, dlse, dweights))

@@ -56,6 +56,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "float mask, with gradient": {"mask": torch.float32, "gradients": {"mask"}},
     "bias, with deterministic gradient": {"bias": torch.float32, "gradients": {"bias"}},
     "key lengths": {"key_lengths": True},
+    "block maps, sides of a multiple of 16": {"block_map": (64, 16)},
+    "block maps, any sides": {"block_map": (10, 10)},
     "packed sequences": {"packed": True},
     "grouped and multi-query heads": {"kv_heads": 2},
     "value dim other than head dim": {"value_dim": 32},
@@ -123,6 +125,7 @@ def _add_explain(commands: Any) -> None:
     p.add_argument("--alibi", action="store_true")
     p.add_argument("--sinks", action="store_true")
     p.add_argument("--key-lengths", action="store_true")
+    p.add_argument("--block-size", nargs=2, type=int, metavar=("ROWS", "KEYS"), help="of a block map")
     p.add_argument("--packed", action="store_true", help="varlen_attention")
     p.add_argument("--weights", choices=("mean", "heads"))
     p.add_argument("--gradients", nargs="*", choices=DIFFERENTIABLE, default=())
@@ -155,6 +158,7 @@ def _spec_of(a: argparse.Namespace) -> AttentionSpec:
         alibi_slopes=a.alibi,
         sinks=a.sinks,
         key_lengths=a.key_lengths,
+        block_map=None if a.block_size is None else (a.block_size[0], a.block_size[1]),
         gradients=frozenset(a.gradients),
     )
 

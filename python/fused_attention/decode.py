@@ -85,6 +85,23 @@ def _check_rope(x: DecodeInputs, interleaved: object) -> None:
         raise TypeError(f"rope[2] (interleaved): got {interleaved!r}, expected a bool")
 
 
+def _check_tree(x: DecodeInputs) -> None:
+    t = x.tree_mask
+    need_tensor("tree_mask", t)
+    if t is None:
+        return
+    batch, _, rows, _ = x.query.shape
+    if t.dtype != torch.bool:
+        refuse("tree_mask.dtype", t.dtype, "bool")
+    if tuple(t.shape) not in ((batch, rows, rows), (1, rows, rows)):
+        refuse("tree_mask", f"shape {shape_of(t)}", f"[B|1, M, M] = {[batch, rows, rows]}")
+    if t.device != x.query.device:
+        refuse("tree_mask.device", t.device, f"query's {x.query.device}")
+    if readable(t) and not t.diagonal(dim1=1, dim2=2).all():
+        b, i = (~t.diagonal(dim1=1, dim2=2)).nonzero()[0].tolist()
+        refuse(f"tree_mask[{b}, {i}, {i}]", False, "True: every row sees itself")
+
+
 def _check_no_gradients(cache: Cache, x: DecodeInputs) -> None:
     if not torch.is_grad_enabled():
         return
@@ -145,6 +162,7 @@ def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = Fals
     for name, t in (("alibi_slopes", x.alibi_slopes), ("sinks", x.sinks)):
         if t is not None and t.dtype not in FLOAT_DTYPES:
             refuse(f"{name}.dtype", t.dtype, "a floating dtype")
+    _check_tree(x)
     _check_no_gradients(cache, x)
     rolling = isinstance(cache, KVCache) and cache.window is not None
     if isinstance(cache, KVCache) and rolling:
@@ -172,6 +190,7 @@ def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = Fals
         interleaved=interleaved,
         batch_invariant=o.batch_invariant,
         rolling=rolling,
+        tree=x.tree_mask is not None,
     )
 
 
@@ -227,6 +246,7 @@ def decode_attention(
     window: Window | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    tree_mask: Tensor | None = None,
     batch_invariant: bool = False,
     return_lse: bool = False,
     chunk: int | None = None,
@@ -256,6 +276,10 @@ def decode_attention(
             the right is hidden by causality.
         softcap: scores become softcap * tanh(scores / softcap).
         scale: multiplies QK^T; default 1 / sqrt(D).
+        tree_mask: bool [B|1, M, M]: row i sees row j of the last M tokens if tree_mask[b, i, j], and every token
+            before them: drafted tokens that branch (Miao et al., "SpecInfer", 2023). The diagonal is True. Row i then
+            stands at position lengths[b] - M + (how many of the M it sees beside itself), its depth in the tree, by
+            which `rope`, `window` and `alibi_slopes` count. `cache.keep` keeps the accepted ones.
         batch_invariant: rows are bit-equal whatever else is in the batch: the number of splits of the keys follows
             from the capacity alone.
         return_lse: also return the log-sum-exp of the scores.
@@ -278,7 +302,7 @@ def decode_attention(
         query, key, value = autocast(query, key, value)
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes[None]
-    x = DecodeInputs(query, key, value, cos, sin, alibi_slopes, sinks)
+    x = DecodeInputs(query, key, value, cos, sin, alibi_slopes, sinks, tree_mask)
     options = Options(window_left=left, window_right=right, softcap=softcap, scale=scale)
     options = options._replace(batch_invariant=batch_invariant)
     if isinstance(cache, PagedKVCache):
@@ -304,7 +328,11 @@ def _chunk(cache: Cache, x: DecodeInputs, chunk: int | None) -> int:
     if isinstance(cache, KVCache) and cache.window is not None:
         most = cache.capacity - cache.window
         chunk = most if chunk is None else min(chunk, most)
-    return chunk if chunk is not None and chunk < x.query.shape[2] else 0
+    if chunk is None or chunk >= x.query.shape[2]:
+        return 0
+    if x.tree_mask is not None:
+        refuse("tree_mask", f"a Tensor for {x.query.shape[2]} rows", f"None where rows come {chunk} at a time")
+    return chunk
 
 
 def _in_chunks(run: Run, spec: DecodeSpec, cache: Cache, x: DecodeInputs, chunk: int) -> Outputs:

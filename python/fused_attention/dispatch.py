@@ -159,6 +159,8 @@ def _options(spec: AttentionSpec) -> list[str]:
     """What a call asks for beyond the plain formula, in words."""
     found = [f"{n}={getattr(spec, n)}" for n in ("causal", "window", "softcap", "weights") if getattr(spec, n)]
     found += [f"{n}={_name(getattr(spec, n))}" for n in ("mask", "bias") if getattr(spec, n)]
+    if spec.block_map:
+        found.append("block_map={}x{}".format(*spec.block_map))
     found += [n for n in ("alibi_slopes", "sinks", "key_lengths", "batch_invariant") if getattr(spec, n)]
     if spec.dropout_p:
         found.append(f"dropout_p={spec.dropout_p}")

@@ -23,6 +23,7 @@ from .spec import (
     WeightsMode,
     Window,
     as_offsets,
+    block_sides,
     check_options,
     check_packed,
     make_spec,
@@ -106,6 +107,7 @@ def _run(x: Inputs, o: Options) -> Outputs:
 def gather(
     tensors: tuple[Any, ...],
     key_lengths: Tensor | None,
+    block_map: Tensor | None = None,
 ) -> Inputs:
     """The tensors of one call as `make_spec` takes them: after autocast, with all dimensions they broadcast over."""
     if any_autocast():
@@ -114,7 +116,8 @@ def gather(
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes[None]
     lengths = as_offsets("key_lengths", key_lengths)
-    return Inputs(query, key, value, _four_dims(mask), _four_dims(bias), alibi_slopes, sinks, lengths)
+    terms = (_four_dims(mask), _four_dims(bias), alibi_slopes, sinks)
+    return Inputs(query, key, value, *terms, lengths, block_map=_four_dims(block_map))
 
 
 def _gather_packed(packed: varlen.Packed, alibi_slopes: Tensor | None, sinks: Tensor | None) -> Inputs:
@@ -164,6 +167,8 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    block_map: Tensor | None = None,
+    block_size: tuple[int, int] | None = None,
     causal: Causal | None = None,
     window: Window | None = None,
     softcap: float | None = None,
@@ -179,7 +184,7 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     where they hold NaN. The output lies in memory in the query's order of dimensions.
 
     Query, key and value may be nested tensors (`torch.nested`) [B, H, *, D] of either layout: packed sequences, without
-    mask, bias, key_lengths and return_weights. Output and lse are then nested like the query.
+    mask, bias, key_lengths, block_map and return_weights. Output and lse are then nested like the query.
 
     Args:
         query: [B, H, M, D]; float32, bfloat16, float16 or float64; any strides (a last dimension that is not
@@ -191,6 +196,9 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         alibi_slopes: [H] or [B, H]; -slope * |diagonal - column| is added (Press et al., "ALiBi", 2022).
         sinks: [H]; exp(sink) joins the softmax's denominator (as in gpt-oss).
         key_lengths: [B] integers; keys at and past the length are hidden.
+        block_map: bool [B|1, H|1, ceil(M / BM), ceil(N / BN)]; False hides a block of scores: row i and key j are in
+            block (i // BM, j // BN). What kernels find hidden they do not read, and take no time for.
+        block_size: (BM, BN), the rows and keys of a block of `block_map`. Any; kernels take multiples of 16 keys.
         causal: hide keys right of the diagonal. "top_left": row i's diagonal is key i (torch's `is_causal`);
             "bottom_right": key i + N - M (N is `key_lengths[b]` where given), for decoding.
         window: (left, right): hide keys farther than this from the diagonal; None is open. Without `causal` the
@@ -211,7 +219,8 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         BackendError: the backend named by `use_backend` does not support the call.
     """
     if varlen.any_nested(query, key, value):
-        refused = {"mask": mask, "bias": bias, "key_lengths": key_lengths, "return_weights": return_weights}
+        refused: dict[str, object] = {"mask": mask, "bias": bias, "key_lengths": key_lengths}
+        refused |= {"block_map": block_map, "block_size": block_size, "return_weights": return_weights}
         return _nested(
             varlen.from_nested(query, key, value, refused),
             query,
@@ -226,12 +235,17 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
             return_lse=return_lse,
         )
     left, right = (None, None) if window is None else window_sides(window)
-    x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
+    x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths, block_map)
     o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
-    out = _run(x, o)
+    out = _run(x, _with_blocks(o, block_size))
     if not return_lse and return_weights is None:
         return out.output
     return AttentionResult(out.output, out.lse if return_lse else None, out.weights)
+
+
+def _with_blocks(o: Options, block_size: tuple[int, int] | None) -> Options:
+    rows, columns = block_sides(block_size)
+    return o if rows is columns is None else o._replace(block_rows=rows, block_columns=columns)
 
 
 def _nested(x: varlen.Packed, like: Tensor, **options: Any) -> Tensor | AttentionResult:
@@ -299,6 +313,8 @@ def explain(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    block_map: Tensor | None = None,
+    block_size: tuple[int, int] | None = None,
     causal: Causal | None = None,
     window: Window | None = None,
     softcap: float | None = None,
@@ -321,11 +337,13 @@ def explain(
     """
     left, right = window_sides(window)
     if varlen.any_nested(query, key, value):
-        refused = {"mask": mask, "bias": bias, "key_lengths": key_lengths, "return_weights": return_weights}
+        refused: dict[str, object] = {"mask": mask, "bias": bias, "key_lengths": key_lengths}
+        refused |= {"block_map": block_map, "block_size": block_size, "return_weights": return_weights}
         x = _gather_packed(varlen.from_nested(query, key, value, refused), alibi_slopes, sinks)
     else:
-        x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths)
-    spec = make_spec(x, Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights))
+        x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths, block_map)
+    o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
+    spec = make_spec(x, _with_blocks(o, block_size))
     where = Device.of(x.query) if device is None else Device.parse(device)
     return dispatch.explain(spec, where, _notes(x, spec))
 

@@ -14,17 +14,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import ArgumentError as ArgumentError
+from .arguments import Window as Window
+from .arguments import as_offsets as as_offsets
+from .arguments import block_sides as block_sides
+from .arguments import need as _need
+from .arguments import need_tensor as need_tensor
+from .arguments import number as _number
+from .arguments import shape_of as shape_of
+from .arguments import window_sides as window_sides
 from .device import Device as Device
 
 Causal = Literal["top_left", "bottom_right"]
-Window = tuple[int | None, int | None]
 WeightsMode = Literal["mean", "heads"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class ArgumentError(ValueError, RuntimeError):
-    """A bad argument. Both a `ValueError` and the `RuntimeError` that PyTorch raises for the same mistake."""
 
 
 class Inputs(NamedTuple):
@@ -45,12 +49,13 @@ class Inputs(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # [B + 1] int64
     cu_seqlens_k: Tensor | None = None  # [B + 1] int64
     seed: Tensor | None = None  # [1] int64, the Philox key of the dropout mask
+    block_map: Tensor | None = None  # [B|1, H|1, ceil(M / BM), ceil(N / BN)] bool
 
     @property
     def plain(self) -> bool:
         """Query, key and value alone."""
-        _, _, _, a, b, c, d, e, f, g, h = self
-        return a is b is c is d is e is f is g is h is None
+        _, _, _, a, b, c, d, e, f, g, h, i = self
+        return a is b is c is d is e is f is g is h is i is None
 
 
 _NOTHING: frozenset[str] = frozenset()
@@ -78,6 +83,8 @@ class Options(NamedTuple):
     weights: WeightsMode | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    block_rows: int | None = None  # BM, of a block map
+    block_columns: int | None = None  # BN
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class AttentionSpec:
     alibi_slopes: bool = False
     sinks: bool = False
     key_lengths: bool = False
+    block_map: tuple[int, int] | None = None  # rows and keys of a block
     gradients: frozenset[str] = field(default_factory=frozenset)
     transform: str | None = None  # "forward-mode AD", "torch.func": the call is traced by a transform of torch
 
@@ -139,33 +147,17 @@ def beyond(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...], head_dim: int) 
     return None
 
 
+def uneven_blocks(spec: AttentionSpec) -> str | None:
+    """Why kernels whose tiles begin at multiples of 16 keys cannot follow a block map."""
+    if spec.block_map is None or spec.block_map[1] % 16 == 0:
+        return None
+    return f"blocks of a multiple of 16 keys, not {spec.block_map[1]}"
+
+
 _spec = functools.lru_cache(maxsize=4096)(AttentionSpec)  # the same call, the same object
 
 
 # --- checks ---------------------------------------------------------------------------------------------------
-
-
-def shape_of(tensor: Tensor) -> str:
-    return "[" + ", ".join(map(str, tensor.shape)) + "]"
-
-
-def _need(ok: bool, name: str, was: object, expected: str) -> None:
-    if not ok:
-        raise ArgumentError(f"{name}: got {was}, expected {expected}")
-
-
-def need_tensor(name: str, value: object, optional: bool = True) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, Tensor):
-        kind = "a Tensor or None" if optional else "a Tensor"
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
-
-
-def _number(name: str, value: object, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected {expected}")
-    return float(value)
 
 
 def _qkv_agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -224,6 +216,28 @@ def check_vector(name: str, t: Tensor | None, x: Inputs, shapes: tuple[tuple[int
     _need(tuple(t.shape) in shapes, name, f"shape {shape_of(t)}", "shape " + " or ".join(str(list(s)) for s in shapes))
 
 
+def _check_block_map(x: Inputs, o: Options, full: tuple[int, int, int, int], packed: bool) -> tuple[int, int] | None:
+    """The size of a block; None without a map."""
+    t, size = x.block_map, (o.block_rows, o.block_columns)
+    need_tensor("block_map", t)
+    if t is None:
+        _need(size == (None, None), "block_size", size, "None without a block_map")
+        return None
+    if size[0] is None or size[1] is None:
+        raise TypeError(f"block_size: got {size!r} beside a block_map, expected (rows, keys) of a block")
+    rows, columns = size[0], size[1]
+    _need(rows >= 1 and columns >= 1, "block_size", size, "at least one row and one key")
+    _need(not packed, "block_map", "a Tensor", "None with packed sequences, which begin anywhere in a block")
+    _need(t.dtype == torch.bool, "block_map.dtype", t.dtype, "bool")
+    _need(t.device == x.query.device, "block_map.device", t.device, f"query's {x.query.device}")
+    blocks = (full[0], full[1], -(-full[2] // rows), -(-full[3] // columns))
+    ok = t.dim() == 4 and t.shape[0] in (1, blocks[0]) and t.shape[1] in (1, blocks[1]) and t.shape[2:] == blocks[2:]
+    _need(
+        ok, "block_map", f"shape {shape_of(t)}", f"[B|1, H|1, ceil(M / {rows}), ceil(N / {columns})] = {list(blocks)}"
+    )
+    return rows, columns
+
+
 def _check_offsets(name: str, t: Tensor | None, x: Inputs, total: int, what: str) -> None:
     need_tensor(name, t, optional=False)
     assert t is not None
@@ -237,24 +251,6 @@ def _check_offsets(name: str, t: Tensor | None, x: Inputs, total: int, what: str
     _need(offsets[-1] == total, name, f"a last offset of {offsets[-1]}", f"{what}'s total length {total}")
     for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
         _need(a <= b, name, f"{a} then {b} at position {i}", "offsets that never fall")
-
-
-def as_offsets(name: str, t: Tensor | None) -> Tensor | None:
-    """Lengths or offsets of any integer dtype as int64; what is no tensor is left for `make_spec` to refuse."""
-    if t is None or not isinstance(t, Tensor) or t.dtype == torch.int64:
-        return t
-    if t.dtype in (torch.int32, torch.int16, torch.uint8):
-        return t.long()
-    raise ArgumentError(f"{name}.dtype: got {t.dtype}, expected an integer dtype (int32 or int64)")
-
-
-def window_sides(window: Window | None) -> Window:
-    """(left, right); None is open on both sides."""
-    if window is None:
-        return (None, None)
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: got {window!r}, expected (left, right), each an int of at least 0 or None")
-    return (window[0], window[1])
 
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -374,6 +370,9 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
         columns = _longest(x.cu_seqlens_k, o.max_seqlen_k, "max_seqlen_k")
     if any(t is not None for t in x[3:8]):
         _check_optional(x, (batch, heads, rows, columns))
+    block_map = None
+    if x.block_map is not None or o.block_rows is not None or o.block_columns is not None:
+        block_map = _check_block_map(x, o, (batch, heads, rows, columns), packed)
     gradients = _NOTHING
     if torch.is_grad_enabled():
         gradients = frozenset(n for n, t in zip(Inputs._fields, x, strict=True) if t is not None and t.requires_grad)
@@ -383,7 +382,7 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     sizes = (batch, heads, kv_heads, rows, columns, head_dim, value_dim)
     options = (o.causal, window, softcap, float(o.dropout_p), o.batch_invariant, o.weights)
     mask, bias = (None if t is None else t.dtype for t in (x.mask, x.bias))
-    present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None)
+    present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None, block_map)
     # Sizes may be symbols under torch.compile, which cannot be hashed.
     build = _spec if type(batch) is type(heads) is type(rows) is type(columns) is int else AttentionSpec
     return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *present, gradients, transform_of(x))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import FLOAT_DTYPES, AttentionSpec, Device, Inputs, Outputs, beyond
+from ..spec import FLOAT_DTYPES, AttentionSpec, Device, Inputs, Outputs, beyond, uneven_blocks
 from .params import _C, Call, Gradients, call_of, import_error, put_incoming, put_input_gradients, put_outputs
 
 _import_error = import_error
@@ -29,7 +29,7 @@ def unavailable(device: Device) -> str | None:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """None if the kernels can do what `spec` asks for, wherever they are built, otherwise the reason why not."""
-    return beyond(spec, FLOAT_DTYPES, MAX_HEAD_DIM)
+    return beyond(spec, FLOAT_DTYPES, MAX_HEAD_DIM) or uneven_blocks(spec)
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:

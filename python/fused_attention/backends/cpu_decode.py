@@ -7,15 +7,17 @@ from torch import Tensor
 
 from ..cache import Cache, DecodeInputs, DecodeSpec, PagedKVCache
 from ..layout import rows_contiguous
-from ..spec import Device, Inputs, Outputs
+from ..spec import AttentionSpec, Device, Inputs, Outputs
 from . import cpu, reference_decode
-from .params import _C, call_of, put_outputs
+from .params import _C, Call, call_of, put_outputs
 
 MOST_ROWS = 16  # of a query that reads a cache in place (csrc/params.h); more of them pay for a copy
 
 
 def supports(spec: DecodeSpec, device: Device) -> str | None:
     """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+    if spec.tree and (spec.window is not None or spec.alibi_slopes):
+        return "no window and no ALiBi under a tree mask"
     return cpu.supports(spec.attention(spec.capacity, spec.dtype), device)
 
 
@@ -24,13 +26,22 @@ def reads_in_place(spec: DecodeSpec) -> bool:
     return torch.float64 not in (spec.dtype, spec.kv_dtype) and spec.rows <= MOST_ROWS
 
 
-def _in_place(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> Outputs:
+def _launch(attention: AttentionSpec, inputs: Inputs, x: DecodeInputs, call: Call) -> Outputs:
     assert _C is not None
+    call.args["threads"] = torch.get_num_threads()
+    if x.tree_mask is not None:
+        call.put_broadcast("tree", x.tree_mask)
+    out = put_outputs(call, attention, inputs)
+    _C.attention_forward(call.args)
+    return out
+
+
+def _in_place(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> Outputs:
     attention = spec.attention(columns, spec.dtype)
     lengths = cache.lengths.long()
     inputs = Inputs(x.query, cache.key, cache.value, alibi_slopes=x.alibi_slopes, sinks=x.sinks, key_lengths=lengths)
     call = call_of(attention, inputs)
-    call.args |= {"cached": True, "threads": torch.get_num_threads()}
+    call.args["cached"] = True
     if cache.key_scale is not None and cache.value_scale is not None:
         call.put("k_scale", cache.key_scale)
         call.put("v_scale", cache.value_scale)
@@ -38,9 +49,7 @@ def _in_place(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> 
         table = rows_contiguous(cache.block_table)
         call.put_address("table", table)
         call.args |= {"table_step": table.stride(0), "pages": cache.num_pages, "page_size": cache.page_size}
-    out = put_outputs(call, attention, inputs)
-    _C.attention_forward(call.args)
-    return out
+    return _launch(attention, inputs, x, call)
 
 
 def _gathered(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> Outputs:
@@ -49,7 +58,8 @@ def _gathered(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> 
     key, value = reference_decode.dense(cache, columns, dtype)
     lengths = cache.lengths.long()
     inputs = Inputs(x.query.to(dtype), key, value, None, None, x.alibi_slopes, x.sinks, lengths)
-    out = cpu.forward(spec.attention(columns, dtype), inputs)
+    attention = spec.attention(columns, dtype)
+    out = _launch(attention, inputs, x, call_of(attention, inputs))
     return out._replace(output=out.output.to(spec.dtype))
 
 

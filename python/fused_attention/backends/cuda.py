@@ -76,6 +76,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
         return f"lengths below {MAX_LENGTH}, not {max(spec.rows, spec.columns)}"
     if spec.weights:
         return "no attention weights"
+    if spec.block_map is not None:
+        return "no block maps"
     return beyond(spec, DTYPES, MAX_HEAD_DIM)
 
 

@@ -20,6 +20,8 @@ MOST_SPLITS = 128
 
 def supports(spec: DecodeSpec, device: Device) -> str | None:
     """None if these kernels run `spec` on `device`, otherwise the reason why not."""
+    if spec.tree:
+        return "no tree masks"
     if spec.rolling and spec.rotary_dim:
         return "no rotation at the positions of a rolling cache"
     return cuda.supports(spec.attention(spec.capacity, spec.dtype), device)

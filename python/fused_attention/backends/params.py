@@ -102,6 +102,8 @@ def _described(spec: AttentionSpec) -> dict[str, Any]:
         args["batch_invariant"] = True
     if spec.dropout_p > 0.0:
         args["dropout_p"] = spec.dropout_p
+    if spec.block_map is not None:
+        args["block_m"], args["block_n"] = spec.block_map
     return args
 
 
@@ -120,6 +122,8 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
         call.put_broadcast("alibi", x.alibi_slopes.to(torch.float32))
     if x.sinks is not None:
         call.put("sinks", x.sinks.to(spec.lse_dtype))
+    if x.block_map is not None:
+        call.put_broadcast("block_map", x.block_map)
     for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k"):
         t = getattr(x, name)
         if t is not None:

@@ -63,6 +63,10 @@ def visible_keys(spec: AttentionSpec, x: Inputs, rows: int, columns: int) -> Ten
     for t in (x.mask, x.bias):
         if t is not None:
             tests.append(t if t.dtype == torch.bool else t != float("-inf"))
+    if spec.block_map is not None and x.block_map is not None:
+        block_rows, block_columns = spec.block_map
+        band = torch.arange(rows, device=device) // block_rows
+        tests.append(x.block_map[:, :, band][..., column // block_columns])
     visible: Tensor | None = None
     for test in tests:
         visible = test if visible is None else visible & test

@@ -4,11 +4,16 @@
     query, key = rotated at their positions;  cache[position] = quantised(key), quantised(value)
     output = attention(query, K, V, key_lengths=lengths, causal="bottom_right")
 
+Under a tree mask row i stands at position lengths - M + depth, its depth being how many of the last M tokens it sees
+beside itself; of those it sees what the mask says, and all before them. Rotation, windows and ALiBi follow positions.
+
 A position outside the rotation's tables turns its row into NaN, a page that does not exist gives NaN, and so does a
 sequence longer than its cache: where no check could look (on a GPU), nothing wrong passes for a result.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +21,7 @@ from torch import Tensor
 from ..cache import LIMITS, Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache
 from ..cache import bits as _bits
 from ..layout import memory_order
-from ..spec import Inputs, Outputs
+from ..spec import AttentionSpec, Inputs, Outputs
 from . import reference
 from .reference_ops import Tables, accumulator, rotate
 
@@ -42,6 +47,43 @@ def positions(cache: Cache, places: Tensor) -> Tensor:
     """Where they stand in their sequences: what a rolling cache has forgotten counts."""
     forgotten = cache.dropped if isinstance(cache, KVCache) else None
     return places if forgotten is None else places + forgotten.long()[:, None]
+
+
+def depths(tree_mask: Tensor) -> Tensor:
+    """How many tokens each row of a tree sees beside itself, [B|1, M]."""
+    return tree_mask.sum(-1) - 1
+
+
+def _standing(cache: Cache, x: DecodeInputs, places: Tensor) -> Tensor:
+    """The positions of the last rows, which lie in `places`."""
+    return positions(cache, places if x.tree_mask is None else places[:, :1] + depths(x.tree_mask))
+
+
+def _under_tree(spec: DecodeSpec, x: Inputs, tree: Tensor) -> tuple[AttentionSpec, Inputs]:
+    """What a tree mask hides as a mask [B, 1, M, N], with the window; ALiBi as a bias [B, H, M, N]."""
+    assert x.key_lengths is not None
+    rows, columns = spec.rows, x.key.shape[2]
+    column = torch.arange(columns, device=tree.device)
+    first = (x.key_lengths - rows)[:, None]  # [B, 1]
+    new = column - first  # [B, N]: which of the last tokens a key is
+    index = new.clamp(0, rows - 1)
+    batch = torch.arange(spec.batch, device=tree.device)[:, None]
+    tree = tree.expand(spec.batch, rows, rows)
+    seen = (new < 0)[:, None] | tree.transpose(1, 2)[batch, index].transpose(1, 2)  # [B, M, N]
+    seen &= (first + torch.arange(rows, device=tree.device) >= 0)[..., None]
+    depth = depths(tree)
+    key_at = torch.where(new < 0, column, first + depth.gather(1, index))
+    distance = (first + depth)[..., None] - key_at[:, None]
+    left, _ = spec.window or (None, None)
+    if left is not None:
+        seen &= distance <= left
+    bias = None
+    if x.alibi_slopes is not None:
+        bias = -x.alibi_slopes.to(spec.lse_dtype)[:, :, None, None] * distance.abs()[:, None]
+    attention = replace(spec.attention(columns, spec.dtype), window=None, alibi_slopes=False, mask=torch.bool)
+    if bias is not None:
+        attention = replace(attention, bias=bias.dtype)
+    return attention, x._replace(mask=seen[:, None], bias=bias, alibi_slopes=None)
 
 
 def _rotated(spec: DecodeSpec, x: DecodeInputs, t: Tensor, at: Tensor) -> Tensor:
@@ -76,7 +118,7 @@ def append(spec: DecodeSpec, cache: Cache, x: DecodeInputs) -> Tensor:
     if not spec.appends and not spec.rotary_dim:
         return x.query
     here = places(cache, spec.rows)
-    at = positions(cache, here)
+    at = _standing(cache, x, here)
     if spec.appends:
         assert x.key is not None and x.value is not None
         block, row, inside = _places(cache, here)
@@ -132,7 +174,10 @@ def attend(spec: DecodeSpec, cache: Cache, x: DecodeInputs, compute_dtype: torch
     key, value = dense(cache, columns, acc)
     lengths = cache.lengths.long()
     inputs = Inputs(x.query, key, value, alibi_slopes=x.alibi_slopes, sinks=x.sinks, key_lengths=lengths)
-    out = reference.forward(spec.attention(columns, spec.dtype), inputs, acc)
+    attention = spec.attention(columns, spec.dtype)
+    if x.tree_mask is not None and spec.rows:
+        attention, inputs = _under_tree(spec, inputs, x.tree_mask)
+    out = reference.forward(attention, inputs, acc)
     lost = (lengths > cache.capacity)[:, None, None]
     out.output.masked_fill_(lost[..., None], float("nan"))
     out.lse.masked_fill_(lost, float("nan"))

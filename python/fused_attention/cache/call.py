@@ -17,7 +17,7 @@ class DecodeInputs(NamedTuple):
     """The tensors of one call beside the cache.
 
     query [B, H, M, D]; key [B, HK, M, D] and value [B, HK, M, DV] to append, or None; cos, sin [L, R/2] float32;
-    alibi_slopes [B|1, H]; sinks [H].
+    alibi_slopes [B|1, H]; sinks [H]; tree_mask [B|1, M, M] bool.
     """
 
     query: Tensor
@@ -27,6 +27,7 @@ class DecodeInputs(NamedTuple):
     sin: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    tree_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class DecodeSpec:
     interleaved: bool = False
     batch_invariant: bool = False
     rolling: bool = False  # the cache has forgotten tokens: positions are counted from `dropped`
+    tree: bool = False  # a mask says which of the last M tokens a row sees
 
     @property
     def group(self) -> int:
@@ -68,7 +70,7 @@ class DecodeSpec:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def attention(self, columns: int, dtype: torch.dtype) -> AttentionSpec:
-        """The same call as attention over dense keys of `dtype`, `columns` of them."""
+        """The same call as attention over dense keys of `dtype`, `columns` of them; without what a tree mask hides."""
         return _attention(self, columns, dtype)
 
 
@@ -84,7 +86,7 @@ def _attention(spec: DecodeSpec, columns: int, dtype: torch.dtype) -> AttentionS
         value_dim=spec.value_dim,
         dtype=dtype,
         scale=spec.scale,
-        causal="bottom_right",
+        causal=None if spec.tree else "bottom_right",
         window=spec.window,
         softcap=spec.softcap,
         batch_invariant=spec.batch_invariant,

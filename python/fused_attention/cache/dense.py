@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import memory_order
 from ..spec import need_tensor, readable, shape_of
-from .storage import STORED, Storage, bits, empty, indices, refuse, storage_dtype
+from .storage import STORED, Storage, bits, chosen_rows, empty, indices, refuse, storage_dtype
 
 
 def _like(t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -161,15 +161,46 @@ class KVCache(Storage):
             refuse("tokens", f"{keep.shape[0]} numbers", f"one, or one for each of the {self.batch} sequences")
         dropped = 0 if self.dropped is None else self.dropped
         length = torch.minimum(self.lengths.long(), keep.to(self.lengths.device, non_blocking=True) - dropped)
-        least = torch.zeros_like(length)
-        if self.dropped is not None and self.window is not None:
-            least = torch.where(self.dropped > 0, torch.minimum(self.lengths.long(), least + self.window), least)
+        least = self._least()
         bad = length < least
         if readable(self.lengths) and bad.any():
             b = int(bad.nonzero()[0])
             most, seen = int((least + dropped)[b]), int(self.positions[b])
             refuse("tokens", int(keep.expand_as(length)[b]), f"{most} .. {seen} for sequence {b}")
         self.lengths.copy_(torch.where(bad, self.capacity + 1, length))
+
+    def _least(self) -> Tensor:
+        """How many tokens each sequence has to keep, [B]: where some were forgotten, those that a row may look at."""
+        least = torch.zeros_like(self.lengths, dtype=torch.int64)
+        if self.dropped is not None and self.window is not None:
+            least = torch.where(self.dropped > 0, torch.minimum(self.lengths.long(), least + self.window), least)
+        return least
+
+    def keep(self, rows: Tensor | list[list[int]], last: int) -> None:
+        """Of the last `last` tokens of every sequence keep only these, in this order: the accepted ones of a tree of
+        drafted tokens. Keys stay as they were rotated: at their depth in the tree, which is where they stand now.
+
+        Args:
+            rows: indices in 0 .. last - 1 for each sequence: lists, or integers [B, A] in which -1 fills up. A rolling
+                cache has to keep its window.
+            last: how many tokens are in question. On a GPU, where looking would synchronise, a sequence that holds
+                fewer, or that lost its window, is lost: it gives NaN until `reset`.
+        """
+        index, count = chosen_rows(rows, self.batch, last, self.lengths.device)
+        first, least = self.lengths.long() - last, self._least()
+        bad = (first < 0) | (first + count < least) | (self.lengths > self.capacity)
+        if readable(self.lengths) and bad.any():
+            b = int(bad.nonzero()[0])
+            if first[b] < 0:
+                refuse("last", last, f"at most the {int(self.lengths[b])} tokens of sequence {b}")
+            refuse("rows", f"{int(count[b])} of them", f"at least {int(least[b] - first[b])} for sequence {b}")
+        first = first.clamp(0, max(self.capacity - index.shape[1], 0))[:, None]
+        source, target = first + index, first + torch.arange(index.shape[1], device=index.device)
+        batch = torch.arange(self.batch, device=index.device)[:, None]
+        source = source.clamp(max=max(self.capacity - 1, 0))
+        for t in self._stored():
+            t[batch, :, target] = t[batch, :, source]
+        self.lengths.copy_(torch.where(bad, self.capacity + 1, first[:, 0] + count))
 
     def reorder(self, beam_idx: Tensor | list[int]) -> None:
         """Sequence i becomes what sequence beam_idx[i] was; more or fewer of them make the batch larger or smaller.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..spec import need_tensor, shape_of
 from .pages import PagePool
-from .storage import Storage, empty, indices, refuse, storage_dtype
+from .storage import Storage, chosen_rows, empty, indices, refuse, storage_dtype
 
 
 class Batch:
@@ -212,6 +212,39 @@ class PagedKVCache(Storage):
         pool.truncate(self.sequences, kept)
         self.refresh()
 
+    def keep(self, rows: Tensor | list[list[int]], last: int) -> None:
+        """Of the last `last` tokens of every sequence keep only these, in this order, as `KVCache.keep` does. Pages
+        that are shared and would be written are copied first; pages past the end are given up.
+
+        Args:
+            rows: indices in 0 .. last - 1 for each sequence: lists, or integers [B, A] in which -1 fills up. On a GPU
+                they are looked at, which waits for it.
+            last: how many tokens are in question.
+        """
+        pool, ids = self.pool, self.sequences
+        index, count = (t.tolist() for t in chosen_rows(rows, self.batch, last, torch.device("cpu")))
+        firsts = [pool.length(s) - last for s in ids]
+        for b, first in enumerate(firsts):
+            if first < 0:
+                refuse("last", last, f"at most the {first + last} tokens of sequence {ids[b]}")
+        ends = [first + n for first, n in zip(firsts, count, strict=True)]
+        self._copy_pages(pool.own(ids, list(zip(firsts, ends, strict=True))))
+        moves = [
+            (*divmod(first + i, self.page_size), *divmod(first + a, self.page_size), b)
+            for b, first in enumerate(firsts)
+            for a, i in enumerate(index[b][: count[b]])
+        ]
+        if moves:
+            places = [
+                (pool.pages(ids[b])[slot], row, pool.pages(ids[b])[new_slot], new_row)
+                for slot, row, new_slot, new_row, b in moves
+            ]
+            page, row, new_page, new_row = indices_of(places, self.key.device)
+            for t in self._stored():
+                t[new_page, :, new_row] = t[page, :, row]
+        pool.truncate(ids, ends)
+        self.refresh()
+
     def reset(self) -> None:
         """Empty the sequences of the batch."""
         self.truncate(0)
@@ -252,12 +285,14 @@ class PagedKVCache(Storage):
         most = max(map(batch.pool.length, batch.sequences), default=0)
         if most + rows > self.capacity:
             refuse("cache.lengths", f"{most} tokens and {rows} new ones", f"at most the capacity, {self.capacity}")
-        copies = batch.pool.make_room(batch.sequences, rows)
+        self._copy_pages(batch.pool.make_room(batch.sequences, rows))
+        self.refresh()
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
             source, target = indices_of(copies, self.key.device)
             for t in self._stored():
                 t.index_copy_(0, target, t.index_select(0, source))
-        self.refresh()
 
     def advance(self, rows: int) -> None:
         """Count tokens that were appended; the device's `lengths` have counted them already."""

@@ -129,6 +129,34 @@ class PagePool:
             self._release(s.pages[self._needed(n) :])
             s.pages, s.length = s.pages[: self._needed(n)], n
 
+    def own(self, sequences: SequenceOf[int], spans: SequenceOf[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Let each sequence alone hold the pages of its tokens spans[i][0] .. spans[i][1], which it has: they are about
+        to be written.
+
+        Returns:
+            Pages to copy before, (from, to).
+        """
+        self.check(sequences)
+        shared: list[tuple[Sequence, int]] = []
+        leaving = Counter[int]()
+        for s, (first, end) in zip(map(self._of, sequences), spans, strict=True):
+            for slot in range(first // self.page_size, self._needed(end) if end > first else 0):
+                if self._holders[s.pages[slot]] - leaving[s.pages[slot]] > 1:  # the last who shares it may keep it
+                    leaving[s.pages[slot]] += 1
+                    shared.append((s, slot))
+        self._need_free(len(shared))
+        return [self._copy(s, slot) for s, slot in shared]
+
+    def _need_free(self, pages: int) -> None:
+        if pages > len(self._free):
+            refuse("cache", f"{pages} more pages needed", f"at most the {len(self._free)} of {self.num_pages} free")
+
+    def _copy(self, s: Sequence, slot: int) -> tuple[int, int]:
+        """A page of its own for a sequence in place of a shared one."""
+        old, s.pages[slot] = s.pages[slot], self._take()
+        self._release([old])
+        return old, s.pages[slot]
+
     def make_room(self, sequences: SequenceOf[int], rows: int) -> list[tuple[int, int]]:
         """Take what `rows` more tokens of each sequence need; their lengths stay as they are.
 
@@ -145,15 +173,8 @@ class PagePool:
                 if self._holders[page] - leaving[page] > 1:  # the last of those who share it here may keep it
                     leaving[page] += 1
                     shared.append(s)
-        wanted += len(shared)
-        if wanted > len(self._free):
-            refuse("cache", f"{wanted} more pages needed", f"at most the {len(self._free)} of {self.num_pages} free")
-        copies = []
-        for s in shared:
-            slot = s.length // self.page_size
-            copies.append((s.pages[slot], self._take()))
-            self._release([s.pages[slot]])
-            s.pages[slot] = copies[-1][1]
+        self._need_free(wanted + len(shared))
+        copies = [self._copy(s, s.length // self.page_size) for s in shared]
         for s in map(self._of, sequences):
             while len(s.pages) < self._needed(s.length + rows):
                 s.pages.append(self._take())

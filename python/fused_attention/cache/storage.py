@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..spec import FLOAT_DTYPES, ArgumentError, need_tensor, shape_of
+from ..spec import FLOAT_DTYPES, ArgumentError, need_tensor, readable, shape_of
 
 # The largest magnitude that is stored, to which a token's largest is scaled.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -81,6 +81,38 @@ def indices(name: str, value: Any, device: torch.device) -> Tensor:
     if value.dim() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         refuse(name, f"{value.dtype} {shape_of(value)}", "integers [n]")
     return value.to(device, torch.int64, non_blocking=True)
+
+
+def chosen_rows(rows: Any, batch: int, last: object, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the last `last` tokens each sequence keeps: indices [B, A], and how many of them count, [B].
+
+    rows: [B, A] integers in which -1 fills up, or a list of B lists.
+
+    Raises:
+        ArgumentError: it is something else, or, where the values can be looked at, an index is not in 0 .. last - 1.
+    """
+    if isinstance(last, bool) or not isinstance(last, int):
+        raise TypeError(f"last: got {last!r}, expected an int")
+    if last < 0:
+        refuse("last", last, "at least 0")
+    if not isinstance(rows, Tensor):
+        if not isinstance(rows, (list, tuple)) or not all(isinstance(r, (list, tuple, range)) for r in rows):
+            raise TypeError(f"rows: got {rows!r}, expected integers [B, A] or a list of lists of integers")
+        width = max(map(len, rows), default=0)
+        filled = [i for r in rows for i in (*r, *(-1,) * (width - len(r)))]
+        rows = indices("rows", filled, device).view(len(rows), width)
+    if rows.dim() != 2 or rows.shape[0] != batch or rows.is_floating_point() or rows.dtype == torch.bool:
+        refuse("rows", f"{rows.dtype} {shape_of(rows)}", f"integers [B, A] or a list of B lists, B = {batch}")
+    rows = rows.to(device, torch.int64, non_blocking=True)
+    counted = rows >= 0
+    if readable(rows):
+        if bool((rows >= last).any() | (rows < -1).any()):
+            refuse("rows", rows.tolist(), f"indices in 0 .. {last - 1}")
+        if rows.shape[1] and bool((counted[:, 1:] & ~counted[:, :-1]).any()):
+            refuse("rows", rows.tolist(), "-1 only behind what is kept")
+        if rows.shape[1] > last:
+            refuse("rows", f"{rows.shape[1]} of them", f"at most {last}")
+    return rows.clamp(0, max(last - 1, 0)), counted.sum(1)
 
 
 class Storage:

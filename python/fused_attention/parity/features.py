@@ -23,6 +23,11 @@ FEATURES: dict[str, tuple[Case, ...]] = {
     "float mask, with gradient": (Case("full", mask="float:bhmn"), Case("hiding", mask="hiding:11mn", dead=True)),
     "bias, with gradient": (Case("heads", bias="float:1hmn"), Case("keys", bias="half:b11n", causal="bottom_right")),
     "key lengths": (Case("lengths", key_lengths=True, dead=True), Case("NaN", key_lengths=True, nan_hidden=True)),
+    "block maps": (
+        Case("heads", (2, 4, 2, 70, 90, 16, 16), block_map="bh:0.5:32x16", dead=True),
+        Case("causal", (1, 4, 4, 100, 140, 16, 16), "bottom_right", block_map="1h:0.6:16x64"),
+        Case("NaN", (2, 2, 2, 65, 100, 32, 32), block_map="b1:0.5:48x32", nan_hidden=True),
+    ),
     "packed sequences": (
         Case("packed", (4, 4, 2, 17, 40, 16, 24), "bottom_right", packed=((5, 0, 17, 9), (5, 3, 0, 40))),
     ),

@@ -39,6 +39,7 @@ class Case:
     nan_hidden: bool = False  # hidden keys hold NaN
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # sequence lengths of queries and keys
     batch_invariant: bool = False
+    block_map: str | None = None  # the share of blocks that are visible and their sizes: "bh:0.4:32x64", "11:0.4:16x16"
 
     def __str__(self) -> str:
         return self.name
@@ -60,6 +61,19 @@ def _term(kind: str, case: Case, dtype: torch.dtype, generator: torch.Generator)
         if case.dead and values.shape[-2] > 1:
             values[..., 1, :] = float("-inf")
     return values.to(torch.float32 if form == "float" and dtype != torch.float64 else dtype)
+
+
+def _block_map(case: Case, generator: torch.Generator) -> tuple[Tensor | None, tuple[int, int] | tuple[None, None]]:
+    """The map and the sizes of its blocks. With `dead`, the first row of blocks is hidden."""
+    if case.block_map is None:
+        return None, (None, None)
+    letters, share, size = case.block_map.split(":")
+    rows, columns = (int(n) for n in size.split("x"))
+    b, h, _, m, n, _, _ = case.sizes
+    shape = (b if letters[0] == "b" else 1, h if letters[1] == "h" else 1, -(-m // rows), -(-n // columns))
+    shown = torch.rand(shape, generator=generator) < float(share)
+    shown[:, :, :1] &= not case.dead
+    return shown, (rows, columns)
 
 
 def _qkv(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +112,13 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Inputs, Options
     if case.key_lengths:
         lengths = torch.randint(0 if case.dead else 1, n + 1, (b,), generator=g)
         lengths[0] = 0 if case.dead else n // 2 + 1
-    if case.nan_hidden:
+    block_map, block_size = _block_map(case, g)
+    if case.nan_hidden and block_map is not None:
+        block_map[..., -1:] = False
+        k, v = k.clone(), v.clone()
+        end = (block_map.shape[3] - 1) * (block_size[1] or 0)
+        k[:, :, end:], v[:, :, end:] = float("nan"), float("inf")
+    elif case.nan_hidden:
         assert lengths is not None
         k, v = k.clone(), v.clone()
         for i, length in enumerate(lengths.tolist()):
@@ -108,9 +128,9 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Inputs, Options
     if case.packed:
         offsets = [torch.tensor([0, *lens]).cumsum(0) for lens in case.packed]
     seed_tensor = torch.tensor([0x1234567890ABCDE]) if case.dropout_p else None
-    x = Inputs(q, k, v, mask, bias, slopes, sinks, lengths, offsets[0], offsets[1], seed_tensor)
+    x = Inputs(q, k, v, mask, bias, slopes, sinks, lengths, offsets[0], offsets[1], seed_tensor, block_map)
     o = Options(case.causal, *case.window, case.softcap, case.scale, case.dropout_p, case.batch_invariant, case.weights)
-    return x, o
+    return x, o._replace(block_rows=block_size[0], block_columns=block_size[1])
 
 
 def cast(x: Inputs, dtype: torch.dtype) -> Inputs:

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from ...spec import AttentionSpec, Device, Inputs, Outputs, beyond
+from ...spec import AttentionSpec, Device, Inputs, Outputs, beyond, uneven_blocks
 
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,9 @@ def unavailable(device: Device) -> str | None:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """None if the kernels can do what `spec` asks for, on whatever device, otherwise the reason why not."""
-    return beyond(spec, DTYPES, MAX_HEAD_DIM)
+    if spec.block_map is not None and spec.block_map[0] % 16:
+        return f"blocks of a multiple of 16 rows, not {spec.block_map[0]}"
+    return beyond(spec, DTYPES, MAX_HEAD_DIM) or uneven_blocks(spec)
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:

@@ -1,6 +1,7 @@
 """New tokens into a cache, in place, and the query turned to its positions: one launch.
 
-    position of row i = dropped + length - M + i, the new tokens counted; without `dropped` the row that it is kept in
+    position of row i = dropped + length - M + i, the new tokens counted; without `dropped` the row that it is kept in;
+                        under a tree mask its depth stands in the place of i
     (a, b) = a pair of the first R dims;  (a, b) -> (a cos - b sin, b cos + a sin)       (Su et al., "RoFormer", 2021)
     scale = max|x| / limit;  stored = round(x / scale)                        limit: 127 for int8, 448 for float8 e4m3
 
@@ -24,6 +25,7 @@ from ...layout import output_like, rows_contiguous
 from .decode_kernels import Store, Table, place
 from .launch import Launch
 from .tiles import INF, View
+from .tree import depth_of, tree_of
 
 
 class Turn(NamedTuple):
@@ -108,8 +110,9 @@ def write(cache, view, scales, x, b, h, there, n, DIM: tl.constexpr, BLOCK_DIM: 
 
 
 @triton.jit
-def append_kernel(query, key, value, cache, out, turn, rows, heads, kv_heads, BLOCK_H: tl.constexpr, D: tl.constexpr,
-                  DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LIMIT: tl.constexpr):  # fmt: skip
+def append_kernel(query, key, value, cache, out, turn, tree, rows, heads, kv_heads, BLOCK_H: tl.constexpr,
+                  D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                  LIMIT: tl.constexpr):  # fmt: skip
     """key, value: views of [B, HK, M, .] or None; query and out: views of [B, H, M, D], or None without `turn`."""
     token = tl.program_id(0).to(tl.int64)
     b, m = token // rows, token % rows
@@ -117,6 +120,8 @@ def append_kernel(query, key, value, cache, out, turn, rows, heads, kv_heads, BL
     at = position  # where it is turned to; below, where it is stored
     if cache.dropped is not None:
         at += tl.load(cache.dropped + b).to(tl.int64)
+    if tree is not None:
+        at += depth_of(tree, b, m, m >= 0) - m
     slot = tl.program_id(1)
     kv_slots = 0
     if key is not None:
@@ -226,5 +231,6 @@ def append_launches(spec: DecodeSpec, x: DecodeInputs, store: Store) -> tuple[li
     if 0 in plan.grid:
         return [], query
     new = (None if t is None else _view(rows_contiguous(t)) for t in (x.key, x.value))
-    args = (source, *new, store, out, turn, spec.rows, spec.heads, spec.kv_heads)
+    tree = tree_of(x.tree_mask) if spec.rotary_dim else None
+    args = (source, *new, store, out, turn, tree, spec.rows, spec.heads, spec.kv_heads)
     return [Launch(append_kernel, plan.grid, args, plan.options)], query

@@ -84,6 +84,8 @@ def _constants(spec: AttentionSpec, float32_precision: str | None) -> tuple[Any,
         "right": None if right is None else min(right, FAR),
         "threshold": threshold,
         "keep_factor": factor,
+        "block_rows": None if spec.block_map is None else spec.block_map[0],
+        "block_columns": None if spec.block_map is None else spec.block_map[1],
         "group": tl.constexpr(spec.group),
         "D": tl.constexpr(width(spec.head_dim)),
         "DV": tl.constexpr(width(spec.value_dim)),
@@ -96,7 +98,7 @@ def _constants(spec: AttentionSpec, float32_precision: str | None) -> tuple[Any,
         "chunk": tl.constexpr(configs.chunk(spec, float32_precision)),
         "split": tl.constexpr(not configs.heavy(spec)),
     }
-    return tuple(found[name] for name in Problem._fields[11:])
+    return tuple(found[name] for name in Problem._fields[12:])
 
 
 def width(dim: int) -> int:
@@ -146,6 +148,7 @@ def problem(spec: AttentionSpec, x: Inputs) -> Problem:
         None if x.cu_seqlens_q is None else x.cu_seqlens_q.contiguous(),
         None if x.cu_seqlens_k is None else x.cu_seqlens_k.contiguous(),
         x.seed,
+        broadcast_view(x.block_map),
         *constants,
     )
 
@@ -227,7 +230,8 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _forward_plan(spec: AttentionSpec, arch: str | None, c: configs.Config) -> _Plan:
-    pack = spec.group > 1 and spec.rows < c.BLOCK_M
+    # A block map may differ from head to head.
+    pack = spec.group > 1 and spec.rows < c.BLOCK_M and spec.block_map is None
     group, heads = (spec.group, spec.kv_heads) if pack else (1, spec.heads)
     options = {
         "BLOCK_M": c.BLOCK_M,

@@ -35,6 +35,7 @@ from .tiles import (
     row_range,
     rows_of,
     sequence,
+    shown,
     spoiled,
 )
 
@@ -121,58 +122,74 @@ def through_softcap(x, ds, c):
 
 
 @triton.jit
-def key_gradient_rows(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, lo, hi,
-                      n0, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr,
+def key_gradient_tile(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, m0, n0,
+                      BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr,
                       WANT_K: tl.constexpr, WANT_V: tl.constexpr):  # fmt: skip
-    """Add to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV], what is wanted of them, from rows lo .. hi."""
+    """Add to dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV], what is wanted of them, from rows m0 .. m0 + BLOCK_M."""
     BLOCK_N: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     BLOCK_DV: tl.constexpr = v.shape[1]
     HIDES: tl.constexpr = MASKED or x.mask is not None or x.bias is not None
     n = n0 + tl.arange(0, BLOCK_N)[:, None]
+    r = m0 + tl.arange(0, BLOCK_M)
+    m = tl.minimum(r, seq.rows - 1) if MASKED else r
+    q = load_tile(x.query, queries, seq.b, seq.slot, head, seq.row_start, m0, seq.rows, x.D, BLOCK_M, BLOCK_D,
+                  MASKED)  # fmt: skip
+    do = load_tile(dout, douts, seq.b, seq.slot, head, seq.row_start, m0, seq.rows, x.DV, BLOCK_M, BLOCK_DV,
+                   MASKED)  # fmt: skip
+    row_lse = tl.load(rows_of(lse, seq.b, head, seq.row_start, m, 0))  # [BLOCK_M]
+    row_delta = tl.load(rows_of(delta, seq.b, head, seq.row_start, m, 0))
+    if HIDES:  # rows that see nothing, and rows past the end
+        alive = (row_lse != -INF) & (r < seq.rows)
+        row_lse = tl.where(alive, row_lse, INF)
+        if CLEAN:
+            q = tl.where(alive[:, None], q, 0.0).to(q.dtype)
+            do = tl.where(alive[:, None], do, 0.0).to(do.dtype)
+    if x.chunk == 0:
+        c = dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
+    else:
+        c = chunked(x, x.key, kv_head, seq.key_start, n0 + tl.arange(0, BLOCK_N), seq.columns, x.query, head,
+                    seq.row_start, r, seq.rows, seq, x.D, BLOCK_D)  # fmt: skip
+    c = capped(x, c)
+    s = hidden(x, c, seq, head, m[None, :], n, MASKED)  # [BLOCK_N, BLOCK_M]
+    p = probabilities(x, s, row_lse[None, :], head, 0, WHOLE)
+    keep = None
+    weights = p
+    if x.threshold is not None:
+        keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N).T
+        weights = tl.where(keep, p, 0.0)
+    if WANT_V:
+        dv = dot(weights.to(do.dtype), do, dv, x.precision)
+    if WANT_K:
+        if x.chunk == 0:
+            dp = dot(v, do.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
+        else:
+            dp = chunked(x, x.value, kv_head, seq.key_start, n0 + tl.arange(0, BLOCK_N), seq.columns, dout, head,
+                         seq.row_start, r, seq.rows, seq, x.DV, BLOCK_DV)  # fmt: skip
+        ds = score_gradient(x, p, dp, row_delta[None, :], dlse, s, dweights, seq, head, m[None, :], n, keep, 0,
+                            WHOLE, HIDES)  # fmt: skip
+        dk = dot(through_softcap(x, ds, c).to(q.dtype), q, dk, x.precision)
+    return dk, dv
+
+
+@triton.jit
+def key_gradient_rows(x, seq, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries, douts, lo, hi,
+                      n0, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, CLEAN: tl.constexpr,
+                      WANT_K: tl.constexpr, WANT_V: tl.constexpr):  # fmt: skip
+    """The same from rows lo .. hi of all heads of the group."""
     tiles = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
     for i in tl.range(0, tiles * x.group):  # one loop over heads and rows: loads of the next head start in time
         head, m0 = kv_head, lo + i * BLOCK_M
         if x.group > 1:
             head, m0 = kv_head * x.group + i // tiles, lo + i % tiles * BLOCK_M
-        r = m0 + tl.arange(0, BLOCK_M)
-        m = tl.minimum(r, seq.rows - 1) if MASKED else r
-        q = load_tile(x.query, queries, seq.b, seq.slot, head, seq.row_start, m0, seq.rows, x.D, BLOCK_M, BLOCK_D,
-                      MASKED)  # fmt: skip
-        do = load_tile(dout, douts, seq.b, seq.slot, head, seq.row_start, m0, seq.rows, x.DV, BLOCK_M, BLOCK_DV,
-                       MASKED)  # fmt: skip
-        row_lse = tl.load(rows_of(lse, seq.b, head, seq.row_start, m, 0))  # [BLOCK_M]
-        row_delta = tl.load(rows_of(delta, seq.b, head, seq.row_start, m, 0))
-        if HIDES:  # rows that see nothing, and rows past the end
-            alive = (row_lse != -INF) & (r < seq.rows)
-            row_lse = tl.where(alive, row_lse, INF)
-            if CLEAN:
-                q = tl.where(alive[:, None], q, 0.0).to(q.dtype)
-                do = tl.where(alive[:, None], do, 0.0).to(do.dtype)
-        if x.chunk == 0:
-            c = dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
+        if x.blocks is None:
+            dk, dv = key_gradient_tile(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights, queries,
+                                       douts, m0, n0, BLOCK_M, MASKED, WHOLE, CLEAN, WANT_K, WANT_V)  # fmt: skip
         else:
-            c = chunked(x, x.key, kv_head, seq.key_start, n0 + tl.arange(0, BLOCK_N), seq.columns, x.query, head,
-                        seq.row_start, r, seq.rows, seq, x.D, BLOCK_D)  # fmt: skip
-        c = capped(x, c)
-        s = hidden(x, c, seq, head, m[None, :], n, MASKED)  # [BLOCK_N, BLOCK_M]
-        p = probabilities(x, s, row_lse[None, :], head, 0, WHOLE)
-        keep = None
-        weights = p
-        if x.threshold is not None:
-            keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N).T
-            weights = tl.where(keep, p, 0.0)
-        if WANT_V:
-            dv = dot(weights.to(do.dtype), do, dv, x.precision)
-        if WANT_K:
-            if x.chunk == 0:
-                dp = dot(v, do.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x.precision)
-            else:
-                dp = chunked(x, x.value, kv_head, seq.key_start, n0 + tl.arange(0, BLOCK_N), seq.columns, dout, head,
-                             seq.row_start, r, seq.rows, seq, x.DV, BLOCK_DV)  # fmt: skip
-            ds = score_gradient(x, p, dp, row_delta[None, :], dlse, s, dweights, seq, head, m[None, :], n, keep, 0,
-                                WHOLE, HIDES)  # fmt: skip
-            dk = dot(through_softcap(x, ds, c).to(q.dtype), q, dk, x.precision)
+            if shown(x, seq, head, m0, n0):
+                dk, dv = key_gradient_tile(x, seq, head, kv_head, k, v, dk, dv, lse, delta, dlse, dout, dweights,
+                                           queries, douts, m0, n0, BLOCK_M, MASKED, WHOLE, CLEAN, WANT_K,
+                                           WANT_V)  # fmt: skip
     return dk, dv
 
 
@@ -241,40 +258,55 @@ def key_gradient_kernel(x, dkey, dvalue, lse, delta, dlse, dout, dweights, queri
 
 
 @triton.jit
-def query_gradient_keys(x, seq, head, m, q, do, dout, lse, delta, dlse, dq, dweights, keys, values, lo, hi,
+def query_gradient_tile(x, seq, head, m, q, do, dout, lse, delta, dlse, dq, dweights, keys, values, n0,
                         BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
                         CLEAN: tl.constexpr):  # fmt: skip
-    """Add to dq [BLOCK_M, BLOCK_D] from keys lo .. hi; lse and delta [BLOCK_M]."""
+    """Add to dq [BLOCK_M, BLOCK_D] from keys n0 .. n0 + BLOCK_N; lse and delta [BLOCK_M]."""
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_DV: tl.constexpr = do.shape[1]
     HIDES: tl.constexpr = MASKED or x.mask is not None or x.bias is not None
     kv_head = head // x.group
+    n = n0 + tl.arange(0, BLOCK_N)[None, :]
+    k = load_keys(x.key, keys, seq, kv_head, n0, x.D, BLOCK_N, BLOCK_D, MASKED)
+    v = load_keys(x.value, values, seq, kv_head, n0, x.DV, BLOCK_N, BLOCK_DV, MASKED)
+    if x.chunk == 0:
+        c = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+    else:
+        c = chunked(x, x.query, head, seq.row_start, m, seq.rows, x.key, kv_head, seq.key_start,
+                    n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.D, BLOCK_D)  # fmt: skip
+    c = capped(x, c)
+    s = hidden(x, c, seq, head, m[:, None], n, MASKED)  # [BLOCK_M, BLOCK_N]
+    p = probabilities(x, s, lse[:, None], head, 1, WHOLE)
+    keep = None
+    if x.threshold is not None:
+        keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N)
+    if x.chunk == 0:
+        dp = dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+    else:
+        dp = chunked(x, dout, head, seq.row_start, m, seq.rows, x.value, kv_head, seq.key_start,
+                     n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.DV, BLOCK_DV)  # fmt: skip
+    ds = score_gradient(x, p, dp, delta[:, None], dlse, s, dweights, seq, head, m[:, None], n, keep, 1, WHOLE,
+                        HIDES)  # fmt: skip
+    if CLEAN:
+        k = finite(k)
+    dq = dot(through_softcap(x, ds, c).to(k.dtype), k, dq, x.precision)
+    return dq
+
+
+@triton.jit
+def query_gradient_keys(x, seq, head, m, m0, q, do, dout, lse, delta, dlse, dq, dweights, keys, values, lo, hi,
+                        BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+                        CLEAN: tl.constexpr):  # fmt: skip
+    """The same from keys lo .. hi; m0 is the first row."""
     for n0 in tl.range(lo, hi, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)[None, :]
-        k = load_keys(x.key, keys, seq, kv_head, n0, x.D, BLOCK_N, BLOCK_D, MASKED)
-        v = load_keys(x.value, values, seq, kv_head, n0, x.DV, BLOCK_N, BLOCK_DV, MASKED)
-        if x.chunk == 0:
-            c = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
+        if x.blocks is None:
+            dq = query_gradient_tile(x, seq, head, m, q, do, dout, lse, delta, dlse, dq, dweights, keys, values, n0,
+                                     BLOCK_N, MASKED, WHOLE, CLEAN)  # fmt: skip
         else:
-            c = chunked(x, x.query, head, seq.row_start, m, seq.rows, x.key, kv_head, seq.key_start,
-                        n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.D, BLOCK_D)  # fmt: skip
-        c = capped(x, c)
-        s = hidden(x, c, seq, head, m[:, None], n, MASKED)  # [BLOCK_M, BLOCK_N]
-        p = probabilities(x, s, lse[:, None], head, 1, WHOLE)
-        keep = None
-        if x.threshold is not None:
-            keep = kept(x, seq.b, head, m[:, None], n0, BLOCK_N)
-        if x.chunk == 0:
-            dp = dot(do, v.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x.precision)
-        else:
-            dp = chunked(x, dout, head, seq.row_start, m, seq.rows, x.value, kv_head, seq.key_start,
-                         n0 + tl.arange(0, BLOCK_N), seq.columns, seq, x.DV, BLOCK_DV)  # fmt: skip
-        ds = score_gradient(x, p, dp, delta[:, None], dlse, s, dweights, seq, head, m[:, None], n, keep, 1, WHOLE,
-                            HIDES)  # fmt: skip
-        if CLEAN:
-            k = finite(k)
-        dq = dot(through_softcap(x, ds, c).to(k.dtype), k, dq, x.precision)
+            if shown(x, seq, head, m0, n0):
+                dq = query_gradient_tile(x, seq, head, m, q, do, dout, lse, delta, dlse, dq, dweights, keys, values,
+                                         n0, BLOCK_N, MASKED, WHOLE, CLEAN)  # fmt: skip
     return dq
 
 
@@ -288,7 +320,8 @@ def query_gradient_kernel(x, dquery, lse, delta, dlse, dout, dweights, keys, val
             return
     b, head, block = block_of(x, schedule, row_blocks, x.heads, STEPS)
     seq = sequence(x, b)
-    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = block * BLOCK_M
+    r = m0 + tl.arange(0, BLOCK_M)
     m = tl.minimum(r, seq.rows - 1)
     d = tl.arange(0, BLOCK_D)
     row_lse = tl.load(rows_of(lse, b, head, seq.row_start, m, 0))
@@ -298,21 +331,21 @@ def query_gradient_kernel(x, dquery, lse, delta, dlse, dout, dweights, keys, val
     q = load_rows(x.query, b, head, seq.row_start, m, alive, x.D, BLOCK_D)
     do = load_rows(dout, b, head, seq.row_start, m, alive, x.DV, BLOCK_DV)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    last = tl.minimum(block * BLOCK_M + BLOCK_M, seq.rows) - 1
-    begin, full_begin, full_end, end = key_range(x, seq, block * BLOCK_M, last, BLOCK_N)
+    last = tl.minimum(m0 + BLOCK_M, seq.rows) - 1
+    begin, full_begin, full_end, end = key_range(x, seq, m0, last, BLOCK_N)
     first = begin
     if x.split:
         if x.left is not None:
-            dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys,
+            dq = query_gradient_keys(x, seq, head, m, m0, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys,
                                      values, begin, full_begin, BLOCK_N, True, WHOLE, False)  # fmt: skip
-        dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+        dq = query_gradient_keys(x, seq, head, m, m0, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
                                  full_begin, full_end, BLOCK_N, False, WHOLE, False)  # fmt: skip
         first = full_end
-    dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+    dq = query_gradient_keys(x, seq, head, m, m0, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
                              first, end, BLOCK_N, True, WHOLE, False)  # fmt: skip
     if spoiled(dq):
         dq = tl.zeros_like(dq)
-        dq = query_gradient_keys(x, seq, head, m, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
+        dq = query_gradient_keys(x, seq, head, m, m0, q, do, dout, row_lse, row_delta, dlse, dq, dweights, keys, values,
                                  begin, end, BLOCK_N, True, WHOLE, True)  # fmt: skip
     p_dquery = rows_of(dquery, b, head, seq.row_start, m[:, None], d[None, :])
     at = (r < seq.rows)[:, None] & (d < x.head_dim)[None, :]

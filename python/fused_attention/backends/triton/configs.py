@@ -3,7 +3,7 @@
 arch is "sm_80", "sm_90", "sm_100", "gfx942" or a relative of one, or None for the interpreter. A choice depends on the
 kernel, the chip's family, the operands (16 bits or float32), the larger head dim, and on whether the call is heavy: a
 mask, bias, softcap, ALiBi, dropout or weights keep so many more values alive that only smaller tiles stay within 255
-registers a thread. Nothing depends on the batch, so a row's result does not.
+registers a thread. Under a block map tiles divide its blocks. Nothing depends on the batch, so no row's result does.
 
 The static choices were found by compiling for each chip ahead of time: the first without register spills in every call
 of its class, within the chip's shared memory, in this order: the larger tile (more operations per byte that is read),
@@ -74,9 +74,11 @@ def hopper_or_newer(arch: str) -> bool:
 def heavy(spec: AttentionSpec) -> bool:
     """Whether a call needs registers for more than scores, weights and accumulators.
 
-    Packed sequences with a window count: their offsets and three loops over tiles take as much.
+    Packed sequences with a window count: their offsets and three loops over tiles take as much. So do block maps, by
+    which tiles are skipped in one loop.
     """
     added = spec.mask is not None or spec.bias is not None or spec.alibi_slopes or spec.softcap is not None
+    added = added or spec.block_map is not None
     return added or spec.dropout_p > 0.0 or spec.weights is not None or (spec.packed and spec.window is not None)
 
 
@@ -145,8 +147,13 @@ def override(kernel: str, config: Config) -> Iterator[None]:
 def _choice(kernel: str, arch: str | None, spec: AttentionSpec) -> Config:
     forced = _forced.get(None)
     if forced and kernel in forced:
-        return forced[kernel]
-    return INTERPRETER if arch is None else _found(kernel, arch, spec)
+        c = forced[kernel]
+    else:
+        c = INTERPRETER if arch is None else _found(kernel, arch, spec)
+    if spec.block_map is not None:  # whole tiles make up a block: the largest powers of two in its sides
+        rows, columns = (side & -side for side in spec.block_map)
+        c = c._replace(BLOCK_M=min(c.BLOCK_M, rows), BLOCK_N=min(c.BLOCK_N, columns))
+    return c
 
 
 @functools.lru_cache(maxsize=4096)

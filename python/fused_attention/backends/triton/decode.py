@@ -17,6 +17,7 @@ from .configs import padded
 from .decode_kernels import Partial, Problem, Store, combine_kernel, decode_kernel
 from .launch import Launch, run
 from .tiles import View
+from .tree import tree_of
 
 LEAST_KEYS = 256  # of a split: below, the partial results weigh as much as the keys read
 FIXED_KEYS = 512  # of a split whose number follows from the capacity alone; 8k keys on 8 heads then fill 128 SMs
@@ -64,7 +65,8 @@ def decode_config(arch: str | None, spec: DecodeSpec, precision: str | None) -> 
     # 16k numbers a stage, 32 KiB in half precision: two stages on their way in each of two programs are four times what
     # hides the latency of a multiprocessor's share of the memory bandwidth. Codes take as many registers when widened.
     block_n = 32768 // ((width + value_width) * max(spec.kv_dtype.itemsize, 2))
-    block_n = max(16, min(64, 1 << (block_n.bit_length() - 1)))
+    # The mask of a tree is read score by score: half of the keys leave registers for where they are read.
+    block_n = max(16, min(32 if spec.tree else 64, 1 << (block_n.bit_length() - 1)))
     wide = width + value_width > 512
     if amd:  # four waves have 512 registers each, eight would have 256; 64 KiB hold no more than one stage in advance
         return Config(block_m, block_n, 4, 2, 128 if wide and exact else None)
@@ -179,6 +181,7 @@ def decode_launches(
         query=View(query, *query.stride()[:3]),
         slopes=slopes,
         sinks=None if x.sinks is None else x.sinks.contiguous(),
+        tree=tree_of(x.tree_mask),
         **plan.constants,
     )
     if plan.splits > 1:

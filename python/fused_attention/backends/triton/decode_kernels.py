@@ -7,7 +7,7 @@ For every sequence and key/value head, split s goes through its share of the key
 
 Rows: the query heads that share a key/value head and their M queries stand in one tile, row r is query r % M of head
 r // M of the group, so that every key is read once for all of them. Row i sees key j if j <= length - M + i and, in a
-window, j >= length - M + i - left.
+window, j >= length - M + i - left; under a tree mask as tree.py says.
 
 Keys: a dense cache is [B, HK, capacity, D]; a paged one [pages, HK, PAGE, D], key j of sequence b in row j % PAGE of
 page table[b, j // PAGE]. A quantised cache holds codes, int8 or the bits of float8 e4m3; they are exact in the query's
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .tiles import INF, LOG2E, dot, tanh
+from .tree import depth_of, reach
 
 # Float16 has no small numbers: a column of weights is brought to the unit of the tile's largest scale, times this.
 BOOST = tl.constexpr(2.0**14)
@@ -67,6 +68,7 @@ class Problem(NamedTuple):
     scale: Any
     softcap: Any  # or None
     left: Any  # keys left of the diagonal that are visible, or None
+    tree: Any  # Tree or None
     D: Any  # constexpr
     DV: Any  # constexpr
     EXACT: Any  # constexpr: float32, where the last bits count
@@ -201,10 +203,9 @@ def scores(x, cache, rows, head, q, n0, BLOCK_N: tl.constexpr, CHUNK: tl.constex
         s *= x.scale
     if x.softcap is not None:
         s = x.softcap * tanh(s / x.softcap, x.EXACT)
-    distance = rows.center[:, None] - n[None, :]
+    visible, distance = reach(x.tree, rows, n)
     if x.slopes is not None:
         s -= rows.slope[:, None] * distance.to(tl.float32)
-    visible = distance >= 0
     if x.left is not None:
         visible &= distance <= x.left
     return tl.where(visible, s, -INF), keys
@@ -323,7 +324,8 @@ def rows_of_tile(x, cache, b, head, tile, BLOCK_M: tl.constexpr):
     slope = tl.zeros([BLOCK_M], tl.float32)
     if x.slopes is not None:
         slope = tl.load(x.slopes.p + b * x.slopes.b + h.to(tl.int64) * x.slopes.h).to(tl.float32)
-    return Rows(b, h, m, r < x.rows * x.group, length, length - x.rows + m, slope), lost
+    depth = m if x.tree is None else depth_of(x.tree, b, m, m >= 0)
+    return Rows(b, h, m, r < x.rows * x.group, length, length - x.rows + depth, slope), lost
 
 
 @triton.jit

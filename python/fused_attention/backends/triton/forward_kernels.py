@@ -28,6 +28,7 @@ from .tiles import (
     load_tile,
     rows_of,
     sequence,
+    shown,
     spoiled,
 )
 
@@ -57,36 +58,50 @@ def products(x, seq, head, kv_head, m, q, n0, keys, BLOCK_N: tl.constexpr, MASKE
 
 
 @triton.jit
-def attend(x, seq, head, kv_head, m, q, acc, total, top, lo, hi, keys, values, BLOCK_N: tl.constexpr,
+def attend_tile(x, seq, head, kv_head, m, q, acc, total, top, n0, keys, values, BLOCK_N: tl.constexpr,
+                MASKED: tl.constexpr):  # fmt: skip
+    """One step of the online softmax, over keys n0 .. n0 + BLOCK_N."""
+    HIDES: tl.constexpr = MASKED or x.mask is not None or x.bias is not None
+    factor = exponent(x)
+    s = products(x, seq, head, kv_head, m, q, n0, keys, BLOCK_N, MASKED)  # [BLOCK_M, BLOCK_N]
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shift = new_top
+    if HIDES:  # a row that has seen nothing: -inf - -inf would be NaN
+        shift = tl.where(new_top == -INF, 0.0, new_top)
+    if x.exact:  # subtract first: the largest weight is exactly 1
+        p = tl.exp2((s - shift[:, None]) * factor)
+    else:  # one fused multiply-add per score
+        p = tl.exp2(s * factor - (shift * factor)[:, None])
+    fade = tl.exp2((top - shift) * factor)
+    total = total * fade + tl.sum(p, 1)
+    if x.threshold is not None:
+        p = tl.where(kept(x, seq.b, head, m, n0, BLOCK_N), p, 0.0)
+    v = load_keys(x.value, values, seq, kv_head, n0, x.DV, BLOCK_N, acc.shape[1], MASKED)
+    acc = dot(p.to(v.dtype), v, acc * fade[:, None], x.precision)
+    return acc, total, new_top
+
+
+@triton.jit
+def attend(x, seq, head, kv_head, m, m0, q, acc, total, top, lo, hi, keys, values, BLOCK_N: tl.constexpr,
            MASKED: tl.constexpr, SPECIALIZE: tl.constexpr):  # fmt: skip
     """The online softmax over the tiles of keys lo .. hi; q [BLOCK_M, BLOCK_D], head and m [BLOCK_M, 1] or scalar.
 
-    A hidden key has weight 0, but 0 * NaN is NaN: values that are not finite spoil acc, for `rescue` to mend.
+    m0: the first row, for the block map. A hidden key has weight 0, but 0 * NaN is NaN: values that are not finite
+    spoil acc, for `rescue` to mend.
     """
-    HIDES: tl.constexpr = MASKED or x.mask is not None or x.bias is not None
-    factor = exponent(x)
     for n0 in tl.range(lo, hi, BLOCK_N, warp_specialize=SPECIALIZE):
-        s = products(x, seq, head, kv_head, m, q, n0, keys, BLOCK_N, MASKED)  # [BLOCK_M, BLOCK_N]
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = new_top
-        if HIDES:  # a row that has seen nothing: -inf - -inf would be NaN
-            shift = tl.where(new_top == -INF, 0.0, new_top)
-        if x.exact:  # subtract first: the largest weight is exactly 1
-            p = tl.exp2((s - shift[:, None]) * factor)
-        else:  # one fused multiply-add per score
-            p = tl.exp2(s * factor - (shift * factor)[:, None])
-        fade = tl.exp2((top - shift) * factor)
-        total = total * fade + tl.sum(p, 1)
-        top = new_top
-        if x.threshold is not None:
-            p = tl.where(kept(x, seq.b, head, m, n0, BLOCK_N), p, 0.0)
-        v = load_keys(x.value, values, seq, kv_head, n0, x.DV, BLOCK_N, acc.shape[1], MASKED)
-        acc = dot(p.to(v.dtype), v, acc * fade[:, None], x.precision)
+        if x.blocks is None:
+            acc, total, top = attend_tile(x, seq, head, kv_head, m, q, acc, total, top, n0, keys, values, BLOCK_N,
+                                          MASKED)  # fmt: skip
+        else:
+            if shown(x, seq, head, m0, n0):
+                acc, total, top = attend_tile(x, seq, head, kv_head, m, q, acc, total, top, n0, keys, values, BLOCK_N,
+                                              MASKED)  # fmt: skip
     return acc, total, top
 
 
 @triton.jit
-def rescue(x, seq, head, kv_head, m, q, acc, top, begin, end, keys, BLOCK_N: tl.constexpr):
+def rescue(x, seq, head, kv_head, m, m0, q, acc, top, begin, end, keys, BLOCK_N: tl.constexpr):
     """acc once more, the slow way: one key after the other, so that rows that do not see a key do not meet it."""
     acc = tl.zeros_like(acc)
     n = tl.arange(0, BLOCK_N)
@@ -94,6 +109,8 @@ def rescue(x, seq, head, kv_head, m, q, acc, top, begin, end, keys, BLOCK_N: tl.
     shift = tl.where(top == -INF, 0.0, top)[:, None]
     for n0 in tl.range(begin, end, BLOCK_N, num_stages=1):
         s = products(x, seq, head, kv_head, m, q, n0, keys, BLOCK_N, True)
+        if x.blocks is not None:
+            s = tl.where(shown(x, seq, head, m0, n0), s, -INF)
         w = tl.where(s == -INF, -1.0, tl.exp2((s - shift) * exponent(x)))  # [BLOCK_M, BLOCK_N], -1: not seen
         if x.threshold is not None:
             w = tl.where(kept(x, seq.b, head, m, n0, BLOCK_N), w, tl.minimum(w, 0.0))
@@ -144,7 +161,8 @@ def forward_kernel(x, out, lse, stats, keys, values, schedule, row_blocks, BLOCK
             return
     b, first_head, block = block_of(x, schedule, row_blocks, heads, STEPS)
     seq = sequence(x, b)
-    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = block * BLOCK_M
+    r = m0 + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     if PACK:
         exists = r < seq.rows * x.group
@@ -155,8 +173,8 @@ def forward_kernel(x, out, lse, stats, keys, values, schedule, row_blocks, BLOCK
     else:
         exists = r < seq.rows
         m, head, kv_head = tl.minimum(r, seq.rows - 1), first_head, first_head // x.group
-        last = tl.minimum(block * BLOCK_M + BLOCK_M, seq.rows) - 1
-        begin, full_begin, full_end, end = key_range(x, seq, block * BLOCK_M, last, BLOCK_N)
+        last = tl.minimum(m0 + BLOCK_M, seq.rows) - 1
+        begin, full_begin, full_end, end = key_range(x, seq, m0, last, BLOCK_N)
         head_of_row = head
     # Rows past the end repeat the last one and are not stored.
     p_query = rows_of(x.query, seq.b, head_of_row, seq.row_start, m[:, None], d[None, :])
@@ -168,15 +186,15 @@ def forward_kernel(x, out, lse, stats, keys, values, schedule, row_blocks, BLOCK
     first = begin
     if x.split:
         if x.left is not None:
-            acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, begin, full_begin,
-                                     keys, values, BLOCK_N, True, False)  # fmt: skip
-        acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, full_begin, full_end,
-                                 keys, values, BLOCK_N, False, SPECIALIZE)  # fmt: skip
+            acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], m0, q, acc, total, top, begin,
+                                     full_begin, keys, values, BLOCK_N, True, False)  # fmt: skip
+        acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], m0, q, acc, total, top, full_begin,
+                                 full_end, keys, values, BLOCK_N, False, SPECIALIZE)  # fmt: skip
         first = full_end
-    acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], q, acc, total, top, first, end, keys,
+    acc, total, top = attend(x, seq, head_of_row, kv_head, m[:, None], m0, q, acc, total, top, first, end, keys,
                              values, BLOCK_N, True, False)  # fmt: skip
     if spoiled(acc):
-        acc = rescue(x, seq, head_of_row, kv_head, m[:, None], q, acc, top, begin, end, keys, BLOCK_N)
+        acc = rescue(x, seq, head_of_row, kv_head, m[:, None], m0, q, acc, top, begin, end, keys, BLOCK_N)
 
     dead = (top == -INF) & (total == 0.0)  # where all scores are NaN the sum is NaN
     if x.raw:

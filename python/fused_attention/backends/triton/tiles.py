@@ -46,6 +46,7 @@ class Problem(NamedTuple):
     starts_q: Any  # int64 [B + 1], packed sequences
     starts_k: Any
     seed: Any  # int64 [1]
+    blocks: View | None  # bool, which blocks of scores are visible; every tile lies in one of them
     rows: Any  # M
     columns: Any  # N
     heads: Any  # H
@@ -56,6 +57,8 @@ class Problem(NamedTuple):
     right: Any  # right of it; 0 if causal
     threshold: Any  # dropout: kept iff the word, with its top bit flipped, is at least this as a signed number
     keep_factor: Any  # 1 / (1 - p)
+    block_rows: Any  # of a block of `blocks`
+    block_columns: Any
     group: Any  # constexpr: query heads that share a key head
     D: Any  # constexpr: head dims as tensors are read, multiples of ALIGN
     DV: Any  # constexpr
@@ -249,6 +252,14 @@ def hidden(x, s, seq, h, m, n, MASKED: tl.constexpr):
             visible &= n <= center + x.right
         s = tl.where(visible, s, -INF)
     return s
+
+
+@triton.jit
+def shown(x, seq, h, m0, n0):
+    """Whether the block map shows the tile that begins at row m0 and key n0."""
+    p = x.blocks.p + tl.cast(seq.b, tl.int64) * x.blocks.b + tl.cast(h, tl.int64) * x.blocks.h
+    p += tl.cast(m0 // x.block_rows, tl.int64) * x.blocks.m + tl.cast(n0 // x.block_columns, tl.int64) * x.blocks.n
+    return tl.load(p)
 
 
 @triton.jit

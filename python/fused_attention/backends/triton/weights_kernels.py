@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .backward_kernels import probabilities, score_gradient
 from .forward_kernels import block_of, load_keys, products
-from .tiles import INF, LOG2E, chunked, dot, exponent, kept, key_range, load_rows, rows_of, sequence
+from .tiles import INF, LOG2E, chunked, dot, exponent, kept, key_range, load_rows, rows_of, sequence, shown
 
 
 @triton.jit
@@ -23,6 +23,22 @@ def tile_pointers(view, b, h, m, n):
     """Pointers into [B, H, M, N]; m and n broadcast against each other."""
     base = view.p + tl.cast(b, tl.int64) * view.b + tl.cast(h, tl.int64) * view.h
     return base + tl.cast(m, tl.int64) * view.m + tl.cast(n, tl.int64) * view.n
+
+
+@triton.jit
+def weights_tile(x, seq, b, head, m, exists, n0, shift, inverse, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The weights of one head at rows m and keys n0 .. n0 + BLOCK_N, [BLOCK_M, BLOCK_N]."""
+    q = load_rows(x.query, b, head, seq.row_start, m, exists, x.D, BLOCK_D)
+    s = products(x, seq, head, head // x.group, m[:, None], q, n0, None, BLOCK_N, True)
+    t = tl.load(rows_of(shift, b, head, seq.row_start, m, 0))[:, None]
+    if x.exact:
+        p = tl.exp2((s - t) * exponent(x))
+    else:
+        p = tl.exp2(s * exponent(x) - t * LOG2E)
+    p = p * tl.load(rows_of(inverse, b, head, seq.row_start, m, 0))[:, None]
+    if x.threshold is not None:
+        p = tl.where(kept(x, b, head, m[:, None], n0, BLOCK_N), p * x.keep_factor, 0.0)
+    return p
 
 
 @triton.jit
@@ -42,21 +58,27 @@ def weights_kernel(x, weights, shift, inverse, row_blocks, key_blocks, MEAN: tl.
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if (n0 >= begin) & (n0 < end):
         for head in range(first, first + (x.heads if MEAN else 1)):
-            q = load_rows(x.query, b, head, seq.row_start, m, exists, x.D, BLOCK_D)
-            s = products(x, seq, head, head // x.group, m[:, None], q, n0, None, BLOCK_N, True)
-            t = tl.load(rows_of(shift, b, head, seq.row_start, m, 0))[:, None]
-            if x.exact:
-                p = tl.exp2((s - t) * exponent(x))
+            if x.blocks is None:
+                total += weights_tile(x, seq, b, head, m, exists, n0, shift, inverse, BLOCK_N, BLOCK_D)
             else:
-                p = tl.exp2(s * exponent(x) - t * LOG2E)
-            p = p * tl.load(rows_of(inverse, b, head, seq.row_start, m, 0))[:, None]
-            if x.threshold is not None:
-                p = tl.where(kept(x, b, head, m[:, None], n0, BLOCK_N), p * x.keep_factor, 0.0)
-            total += p
+                if shown(x, seq, head, m0, n0):
+                    total += weights_tile(x, seq, b, head, m, exists, n0, shift, inverse, BLOCK_N, BLOCK_D)
     if MEAN:
         total = total / x.heads
     at = exists[:, None] & (n < x.columns)[None, :]
     tl.store(tile_pointers(weights, b, first, m[:, None], n[None, :]), total.to(weights.p.dtype.element_ty), mask=at)
+
+
+@triton.jit
+def weight_dots(x, seq, b, head, m, q, n0, row_lse, dweights, BLOCK_N: tl.constexpr):
+    """sum_j weights dW over keys n0 .. n0 + BLOCK_N, [BLOCK_M]."""
+    n = n0 + tl.arange(0, BLOCK_N)[None, :]
+    s = products(x, seq, head, head // x.group, m[:, None], q, n0, None, BLOCK_N, True)
+    w = probabilities(x, s, row_lse, head, 1, False)
+    if x.threshold is not None:
+        w = tl.where(kept(x, b, head, m[:, None], n0, BLOCK_N), w * x.keep_factor, 0.0)
+    dw = tl.load(tile_pointers(dweights, b, head, m[:, None], n), mask=n < seq.columns, other=0.0).to(tl.float32)
+    return tl.sum(tl.where(s == -INF, 0.0, w * dw), 1)
 
 
 @triton.jit
@@ -75,13 +97,11 @@ def weights_delta_kernel(x, delta, lse, dweights, row_blocks, BLOCK_M: tl.conste
     begin, full_begin, full_end, end = key_range(x, seq, block * BLOCK_M, last, BLOCK_N)
     total = tl.zeros([BLOCK_M], tl.float32)
     for n0 in range(begin, end, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)[None, :]
-        s = products(x, seq, head, head // x.group, m[:, None], q, n0, None, BLOCK_N, True)
-        w = probabilities(x, s, row_lse, head, 1, False)
-        if x.threshold is not None:
-            w = tl.where(kept(x, b, head, m[:, None], n0, BLOCK_N), w * x.keep_factor, 0.0)
-        dw = tl.load(tile_pointers(dweights, b, head, m[:, None], n), mask=n < seq.columns, other=0.0).to(tl.float32)
-        total += tl.sum(tl.where(s == -INF, 0.0, w * dw), 1)
+        if x.blocks is None:
+            total += weight_dots(x, seq, b, head, m, q, n0, row_lse, dweights, BLOCK_N)
+        else:
+            if shown(x, seq, head, block * BLOCK_M, n0):
+                total += weight_dots(x, seq, b, head, m, q, n0, row_lse, dweights, BLOCK_N)
     if dweights.h == 0:  # averaged over heads
         total = total / x.heads
     p_delta = rows_of(delta, b, head, seq.row_start, m, 0)
@@ -114,7 +134,10 @@ def additive_gradient_kernel(x, grad, repeats, chunk, lse, delta, dlse, dout, dw
         head = h + step // repeated_keys // repeated_rows % heads
         seq = sequence(x, b + step // repeated_keys // repeated_rows // heads)
         begin, full_begin, full_end, end = key_range(x, seq, m0, tl.minimum(m0 + BLOCK_M, seq.rows) - 1, BLOCK_N)
-        if (n0 >= begin) & (n0 < end):
+        visible = (n0 >= begin) & (n0 < end)
+        if x.blocks is not None:
+            visible = visible & shown(x, seq, head, m0, n0)
+        if visible:
             r = m0 + tl.arange(0, BLOCK_M)
             m = tl.minimum(r, seq.rows - 1)
             row_lse = tl.load(rows_of(lse, seq.b, head, seq.row_start, m, 0))
