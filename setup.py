@@ -82,7 +82,7 @@ class Cuda(NamedTuple):
 
 # Those that run on every chip from sm_80 on, and those that need what sm_90a alone has.
 CUDA_KERNELS = ["forward_sm80", "key_gradient_sm80", "query_gradient_sm80", "decode_sm80"]
-HOPPER_KERNELS = ["forward_sm90", "key_gradient_sm90", "query_gradient_sm90"]
+HOPPER_KERNELS = ["forward_sm90", "forward_fp8_sm90", "quantise_sm90", "key_gradient_sm90", "query_gradient_sm90"]
 
 
 def find_compiler() -> list[str]:

@@ -27,6 +27,7 @@ ARCHS = ("sm_80", "sm_90")
 DIMS = (64, 128, 256)
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 ANYWHERE = 16  # an address that nobody reads
+E4M3 = params.DTYPE_CODES[torch.float8_e4m3fn]
 
 
 class Part(NamedTuple):
@@ -84,6 +85,17 @@ def _forward(arch: str, dtype: torch.dtype, dim: int) -> list[Part]:
     return [Part(*each, 2, "BLOCK_M", rows) for each in _plan("forward", args)]
 
 
+def _forward_fp8(arch: str, dtype: torch.dtype, dim: int) -> list[Part]:
+    """With products of float8, which sm_90 has: the kernel that makes codes, and the one that multiplies them."""
+    if arch != "sm_90":
+        return []
+    args = _arguments(arch, dtype, dim)
+    rows = params._C.cuda_fp8_blocks(args)[0]
+    args |= {f"{name}_{kind}": (ANYWHERE, code) for name in "qkv" for kind, code in (("codes", E4M3), ("scales", 0))}
+    first, second = _plan("forward_fp8", args)
+    return [Part(*first), Part(*second, 2, "BLOCK_M", rows)]
+
+
 def _backward(arch: str, dtype: torch.dtype, dim: int) -> list[Part]:
     args = _arguments(arch, dtype, dim)
     _, _, rows, keys = params._C.cuda_blocks(args)
@@ -120,6 +132,7 @@ def _decode(kv_dtype: torch.dtype | None) -> Callable[[str, torch.dtype, int], l
 
 KERNELS: dict[str, Callable[[str, torch.dtype, int], list[Part]]] = {
     "cuda forward": _forward,
+    "cuda fp8": _forward_fp8,
     "cuda backward": _backward,
     "cuda decode": _decode(None),
     "cuda decode int8": _decode(torch.int8),

@@ -4,7 +4,8 @@ Sources. Limits of NVIDIA's chips: libcu++, `cuda/__device/arch_traits.h`, and t
 Blackwell. Registers are allocated by the warp in units of 256, warps by fours (CUDA occupancy calculator). Results per
 clock and multiprocessor: CUDA C++ Best Practices Guide 13, "Throughput of Native Arithmetic Instructions". Matrix
 rates, clocks and memory: data sheets and architecture white papers of the A100 80GB SXM (312 TFLOP/s dense bfloat16,
-2039 GB/s), the H100 SXM (989 and 3350; the H200 is the same chip at 4800 GB/s) and the B200 (2250 and 8000). AMD: CDNA
+2039 GB/s), the H100 SXM (989, in float8 1979, and 3350; the H200 is the same chip at 4800 GB/s) and the B200 (2250 and
+8000). AMD: CDNA
 3 white paper (1307 TFLOP/s on 304 compute units, 5300 GB/s), the LLVM sources (SISchedule.td: transcendental functions
 at a quarter of the rate; AMDGPUUsage: 512 vector registers a lane, in units of 8).
 """
@@ -48,14 +49,18 @@ class Chip(NamedTuple):
     @property
     def peak(self) -> float:
         """Dense 16-bit matrix operations per second."""
-        return self.units * self.mhz * 1e6 * self.matrix["half"]
+        return self.peak_of("half")
+
+    def peak_of(self, rate: str) -> float:
+        """Dense matrix operations per second at one of the matrix rates."""
+        return self.units * self.mhz * 1e6 * self.matrix[rate]
 
 
 CHIPS = {
     "sm_80": Chip("A100 SXM", 108, 1410, 32, 2048, 32, 164 * KIB, 163 * KIB, KIB,
                   {"half": 2048, "tf32": 1024}, 16, 64, 64, 4, 2039),
     "sm_90": Chip("H100 SXM", 132, 1830, 32, 2048, 32, 228 * KIB, 227 * KIB, KIB,
-                  {"half": 4096, "tf32": 2048}, 16, 128, 64, 4, 3350),
+                  {"half": 4096, "tf32": 2048, "fp8": 8192}, 16, 128, 64, 4, 3350),
     "sm_100": Chip("B200", 148, 1860, 32, 2048, 32, 228 * KIB, 227 * KIB, KIB,
                    {"half": 8192, "tf32": 4096}, 16, 128, 64, 4, 8000),
     "gfx942": Chip("MI300X", 304, 2100, 64, 2048, 16, 64 * KIB, 64 * KIB, 0,
@@ -90,7 +95,7 @@ def blocks_per_unit(r: Resources, arch: str) -> tuple[int, str]:
 
 _SHAPES = (
     re.compile(r"HMMA\.(?P<m>16)(?P<n>8)(?P<k>4|8|16)\."),
-    re.compile(r"HGMMA\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)"),
+    re.compile(r"[HQ]GMMA\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)"),
     re.compile(r"v_mfma_f32_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(?:_(?P<b>\d+)b)?"),
 )
 
@@ -101,12 +106,14 @@ def matrix_flops(op: str) -> int | None:
         if found := shape.match(op):
             blocks = int(found.groupdict().get("b") or 1)
             flops = 2 * int(found["m"]) * int(found["n"]) * int(found["k"]) * blocks
-            return flops // 4 if op.startswith("HGMMA") else flops  # four warps share one wgmma
+            return flops // 4 if op.startswith(("HGMMA", "QGMMA")) else flops  # four warps share one wgmma
     return None
 
 
 def rate_name(op: str) -> str:
-    """Which of a chip's matrix rates an instruction runs at: "half", "tf32" or "float"."""
+    """Which of a chip's matrix rates an instruction runs at: "half", "tf32", "fp8" or "float"."""
+    if op.startswith("QGMMA"):
+        return "fp8"
     if re.search(r"TF32|xf32", op):
         return "tf32"
     return "float" if re.match(r"v_mfma_f32_\w*?f32$", op) else "half"

@@ -97,7 +97,7 @@ def roofline(loop: Loop, warps: int, work: list[int], arch: str) -> Row:
         "limit": slowest,
         "bound_tflops": per_clock / clocks[slowest] / 1e12,
         "serial_tflops": per_clock / (clocks["matrix unit"] + max(others.values())) / 1e12,
-        "of_peak": per_clock / clocks[slowest] / chip.peak,
+        "of_peak": per_clock / clocks[slowest] / chip.peak_of("fp8" if rate == "fp8" else "half"),
     }
 
 
@@ -204,7 +204,8 @@ def resource_table(rows: list[Row]) -> list[str]:
         "matrix", "exp2", "other vector", "memory", "other",
     )  # fmt: skip
     for row in rows:
-        if row["loop"] is None and not (row["dim"] == 128 and row["job"].endswith(("backward", "decode"))):
+        shown = row["job"] == "cuda fp8" or row["job"].endswith(("backward", "decode"))
+        if row["loop"] is None and not (row["dim"] == 128 and shown):
             continue  # kernels without products hardly differ: one row for each chip
         tile = " x ".join(str(row["tile"][k]) for k in ("BLOCK_M", "BLOCK_N") if k in row["tile"])
         loop = row["loop"] or {}
@@ -266,12 +267,14 @@ def decode_table(rows: list[Row]) -> list[str]:
 def chip_table(archs: Iterable[str]) -> list[str]:
     """The rates that the roofline is made of, in Markdown."""
     out = _head(
-        "chip", "multiprocessors", "MHz", "16-bit matrix operations", "exp2", "float32 lanes", "integer lanes",
-        "peak TFLOP/s",
+        "chip", "multiprocessors", "MHz", "16-bit matrix operations", "of float8", "exp2", "float32 lanes",
+        "integer lanes", "peak TFLOP/s",
     )  # fmt: skip
     for arch in archs:
         c = CHIPS[arch]
-        lanes = f"{c.matrix['half']} | {c.special} | {c.fma} | {c.alu} | {c.peak / 1e12:.0f}"
+        lanes = (
+            f"{c.matrix['half']} | {c.matrix.get('fp8', '')} | {c.special} | {c.fma} | {c.alu} | {c.peak / 1e12:.0f}"
+        )
         out.append(f"| {c.name} ({arch}) | {c.units} | {c.mhz} | {lanes} |")
     return out
 
@@ -295,7 +298,8 @@ def document(rows: list[Row]) -> str:
         f"Operands in {dtypes}, causal, Triton {triton.__version__}: `python -m benchmarks.gpu_static --update-docs`.",
         "Registers, spills and shared memory as the compilers settled on them; instructions of one warp once round",
         "the inner loop over tiles without masks, counted in the disassembly (`benchmarks/sass.py` says which loop).",
-        "Rows that begin with CUDA are kernels of `csrc/cuda`, by nvcc; of 12 warps 4 copy and 8 compute.",
+        "Rows that begin with CUDA are kernels of `csrc/cuda`, by nvcc; of 12 warps 4 copy and 8 compute. Those with",
+        "fp8 multiply float8, and their share of the peak is that of the peak in float8.",
         "",
         *resource_table(rows),
         "",

@@ -16,6 +16,8 @@ FILES = {  # by how the names of their kernels begin
     "row_": "query_gradient_sm80",
     "sink_": "query_gradient_sm80",
     "decode_": "decode_sm80",
+    "fp8_forward_": "forward_fp8_sm90",
+    "fp8_quantise_": "quantise_sm90",
 }
 
 

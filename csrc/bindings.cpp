@@ -124,6 +124,13 @@ static const Field kAppendFields[] = {
 };
   #undef FIELD
   #undef CACHE_FIELD
+  #define FIELD(name, kind) {#name, Kind::kind, offsetof(cuda::Fp8Params, name)}
+static const Field kFp8Fields[] = {
+    FIELD(q_codes, tensor),  FIELD(k_codes, tensor),  FIELD(v_codes, tensor),
+    FIELD(q_scales, tensor), FIELD(k_scales, tensor), FIELD(v_scales, tensor),
+};
+  #undef FIELD
+static_assert(offsetof(cuda::Fp8Params, hopper) == 0 && offsetof(cuda::HopperParams, p) == 0);
 #endif
 
 // name -> Field*, as a Python dict of capsule-free integers: one hash lookup per argument.
@@ -145,6 +152,11 @@ PyObject* field_table<AttentionParams>() {
 }
 
 #ifdef FA_HAVE_CUDA
+template <>
+PyObject* field_table<cuda::Fp8Params>() {  // the call stands at its beginning
+  static PyObject* const table = make_table(kFields, kFp8Fields);
+  return table;
+}
 template <>
 PyObject* field_table<cuda::DecodeParams>() {
   static PyObject* const table = make_table(kDecodeFields, CacheFields<cuda::DecodeParams>::list);
@@ -300,6 +312,11 @@ static py::tuple cuda_blocks(const py::dict& args) {
   return py::make_tuple(b.forward_rows, b.forward_group, b.backward_rows, b.backward_keys);
 }
 
+static py::tuple cuda_fp8_blocks(const py::dict& args) {
+  const cuda::Fp8Blocks b = cuda::fp8_blocks(parse<AttentionParams>(args));
+  return py::make_tuple(b.rows, b.group, b.scale);
+}
+
 static py::tuple cuda_shares(const py::dict& args) {
   const cuda::Shares shares = cuda::additive_shares(parse<AttentionParams>(args));
   return py::make_tuple(shares.mask, shares.bias);
@@ -344,10 +361,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_weights", &call<&Kernels::weights>, py::arg("args"));
 #ifdef FA_HAVE_CUDA
   define_cuda<AttentionParams, cuda::plan_forward>(m, "forward");
+  define_cuda<cuda::Fp8Params, cuda::plan_forward_fp8>(m, "forward_fp8");
   define_cuda<AttentionParams, cuda::plan_backward>(m, "backward");
   define_cuda<cuda::DecodeParams, cuda::plan_decode>(m, "decode");
   define_cuda<cuda::AppendParams, cuda::plan_append>(m, "append");
   m.def("cuda_shares", &cuda_shares, "in how many shares the gradients of (mask, bias) are summed", py::arg("args"));
+  m.def("cuda_fp8_blocks", &cuda_fp8_blocks,
+        "with products of float8: (rows of a block, heads taken together there, rows or keys that share a scale)",
+        py::arg("args"));
   m.def("cuda_blocks", &cuda_blocks,
         "what packed sequences are counted in: (forward rows, heads taken together there, backward rows, keys)",
         py::arg("args"));

@@ -89,12 +89,14 @@ Map = tuple[int, int, int, list[int], list[int], list[int]]
 
 def tensor_map(plan: Map) -> bytes:
     """What the driver would encode for a tensor map of a plan."""
-    _, address, _, dims, strides, box = plan
-    steps = [2, *strides]
-    elements = sum((n - 1) * s for n, s in zip(dims, steps, strict=True)) // 2 + 1
-    memory = (ctypes.c_uint16 * elements).from_address(address)
-    array = np.ndarray(dims[::-1], np.uint16, memory, strides=steps[::-1])
-    return bytes(emu.TensorMap(array, box, swizzle=128))
+    _, address, code, dims, strides, box = plan
+    kind = np.uint8 if code == params.DTYPE_CODES[torch.float8_e4m3fn] else np.uint16
+    size = np.dtype(kind).itemsize
+    steps = [size, *strides]
+    span = sum((n - 1) * s for n, s in zip(dims, steps, strict=True)) + size
+    memory = (ctypes.c_uint8 * span).from_address(address)
+    array: np.ndarray = np.ndarray(dims[::-1], kind, memory, strides=steps[::-1])
+    return bytes(emu.TensorMap(array, box, swizzle=box[0] * size))
 
 
 def with_maps(argument: bytes, maps: list[Map]) -> bytes:
@@ -155,6 +157,7 @@ def emulated(
     emulator = Emulator(seeds)
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "unavailable", lambda device: None)
+        patch.setattr(cuda, "_kernel_arch", lambda name: arch)
         patch.setattr(cuda, "run", emulator)
         patch.setattr(cuda, "_chip", lambda index: {"arch": arch, "processors": processors})
         yield emulator

@@ -30,6 +30,8 @@ CHIPS = {
     "query_gradient_sm80": COMMON,
     "decode_sm80": COMMON,
     "forward_sm90": ("sm_90a",),
+    "forward_fp8_sm90": ("sm_90a",),
+    "quantise_sm90": ("sm_90a",),
     "key_gradient_sm90": ("sm_90a",),
     "query_gradient_sm90": ("sm_90a",),
 }
@@ -40,7 +42,7 @@ def _each(names: Iterable[str], *values: str) -> list[Any]:
     return [pytest.param(n, *values, marks=[pytest.mark.xdist_group(f"nvcc-{n}"), needs_nvcc]) for n in names]
 
 
-HOPPER = [name for name in CHIPS if name.endswith("_sm90")]
+HOPPER = [name for name in CHIPS if name.endswith("_sm90") and name != "quantise_sm90"]
 
 
 @functools.cache
@@ -118,7 +120,7 @@ def _opcodes(cubin: Path) -> dict[str, Counter[str]]:
     }
 
 
-@pytest.mark.parametrize("name", _each(name for name in CHIPS if name not in HOPPER))
+@pytest.mark.parametrize("name", _each(name for name in CHIPS if not name.endswith("_sm90")))
 def test_instructions(name: str, compiled: Callable[[str, str], tuple[Path, str]], say: Callable[[str], None]) -> None:
     """Tensor cores on 16 x 8 x 16 tiles, asynchronous copies of 16 bytes, matrix loads; no local memory."""
     found = _opcodes(compiled(name, "sm_80")[0])
@@ -142,9 +144,24 @@ def test_instructions_of_sm_90a(
     found = _opcodes(compiled(name, "sm_90a")[0])
     for kernel, used in found.items():
         assert not [op for op in used if op.startswith(("STL", "LDL", "HMMA"))], kernel
-        for op in ("HGMMA.64x", "UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS."):
+        products = "QGMMA.64x" if kernel.startswith("fp8_") else "HGMMA.64x"
+        assert not [op for op in used if "GMMA" in op and not op.startswith(products)], kernel
+        for op in (products, "UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "SYNCS."):
             assert any(o.startswith(op) for o in used), f"{kernel} has no {op}"
-    say(f"{name}: {len(found)} kernels have HGMMA, UTMALDG and USETMAXREG, and no local memory")
+    say(f"{name}: {len(found)} kernels have {products[:5]}, UTMALDG and USETMAXREG, and no local memory")
+
+
+@pytest.mark.parametrize("name", _each(["quantise_sm90"]))
+def test_instructions_that_make_float8(
+    name: str, compiled: Callable[[str, str], tuple[Path, str]], say: Callable[[str], None]
+) -> None:
+    """Conversions of pairs, loads and stores of 16 bytes; no local memory."""
+    found = _opcodes(compiled(name, "sm_90a")[0])
+    for kernel, used in found.items():
+        assert not [op for op in used if op.startswith(("STL", "LDL"))], kernel
+        for op in ("F2FP.SATFINITE.E4M3.F32", "LDG.E.128", "STS.128", "STG.E.128"):
+            assert any(o.startswith(op) for o in used), f"{kernel} has no {op}"
+    say(f"{name}: {len(found)} kernels have F2FP.E4M3 and accesses of 16 bytes, and no local memory")
 
 
 def test_without_nvcc_the_rest_is_built_and_one_line_says_so(tmp_path: Path) -> None:

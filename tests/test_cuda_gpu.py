@@ -11,8 +11,9 @@ from fused_attention import attention, dispatch
 from fused_attention.backends import cuda
 from fused_attention.spec import Device, Inputs, Options, make_spec
 
-from . import test_decode
-from .cases import CASES, LARGE, Case, check
+from . import test_cuda_fp8, test_decode
+from .cases import CASES, LARGE, Case, check, make
+from .numerics import assert_close
 from .test_cuda_emulated import WIDE, _runs_here
 
 _gpu = torch.cuda.is_available()
@@ -38,6 +39,20 @@ def test_option(case: Case, dtype: str) -> None:
 def test_decoding(case: test_decode.Case, dtype: str) -> None:
     codes = case.kv_dtype if case.kv_dtype in (torch.int8, torch.float8_e4m3fn) else None
     test_decode.check(replace(case, dtype=DTYPES[dtype], kv_dtype=codes), "cuda", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", test_cuda_fp8.CASES, ids=str)
+def test_float8(case: Case, dtype: str) -> None:
+    """The output by the rule. The tensor cores sum float8 with fewer bits than lse is held to in the emulator."""
+    x, options = make(case, DTYPES[dtype])
+    spec = make_spec(x, options._replace(precision="fp8"))
+    if reason := cuda.supports(spec, Device.of(torch.empty(0, device="cuda"))):
+        pytest.skip(reason)
+    out = cuda.forward(spec, Inputs(*(None if t is None else t.cuda() for t in x)))
+    want = test_cuda_fp8.expected(spec, x)
+    assert_close(out.output.cpu(), want.same, want.exact, name="output")
+    assert torch.equal(out.lse.cpu().isfinite(), want.lse.isfinite())
 
 
 def test_two_runs_give_the_same_bits() -> None:

@@ -63,6 +63,31 @@ def test_calls_that_are_refused(change: dict[str, Any], word: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "device", "word"),
+    [
+        ({}, SM_80, "by kernels for sm_90a (FUSED_ATTENTION_CUDA_ARCHS), not on sm_80"),
+        ({"dtype": torch.float32}, SM_90, "bfloat16 and float16, not float32"),
+        ({"head_dim": 264}, SM_90, "up to 256, not 264"),
+        ({"weights": "heads"}, SM_90, "no attention weights"),
+        ({"gradients": frozenset({"query"})}, SM_90, "no gradients with products in fp8"),
+        ({"transform": "torch.func"}, SM_90, "torch.func"),
+    ],
+)
+def test_calls_in_fp8_that_are_refused(
+    change: dict[str, Any], device: Device, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "architectures", lambda: ("80", "90a"))
+    monkeypatch.setattr(cuda, "_serves", lambda arch: True)
+    spec = replace(PLAIN, precision="fp8")
+    assert cuda.supports(spec, SM_90) is None
+    options = {"mask": torch.bool, "bias": torch.float32, "sinks": True, "softcap": 3.0, "dropout_p": 0.1}
+    assert cuda.supports(replace(spec, **options), SM_90) is None  # type: ignore[arg-type]
+    assert word in str(cuda.supports(replace(spec, **change), device))
+    monkeypatch.setattr(cuda, "architectures", lambda: ("80",))
+    assert "by kernels for sm_90a" in str(cuda.supports(spec, SM_90))
+
+
+@pytest.mark.parametrize(
     ("built", "served", "refused"),
     [
         (("80",), ("sm_80", "sm_86", "sm_89"), ("sm_75", "sm_90", "sm_120")),
@@ -184,6 +209,62 @@ def test_packed_sequences_have_one_map_for_all() -> None:
     ((_, grid, *_, maps),) = params._C.cuda_plan_forward(packed)  # type: ignore[union-attr]
     assert grid == 8 * min(2 * 3, 3 + 2)
     assert [m[3] for m in maps] == [[64, 310, 8, 1], [64, 510, 2, 1], [64, 510, 2, 1]]
+
+
+def _args_fp8(spec: AttentionSpec, **more: Any) -> dict[str, Any]:
+    """Codes beside the call, wherever q, k and v lie: nobody reads them by tensor maps."""
+    args = _args(spec, arch=90, processors=132)
+    d, blocks = -(-spec.head_dim // 16) * 16, -(-spec.columns // 128)
+    for name, heads, rows, columns in (
+        ("q", spec.heads, spec.rows, d),
+        ("k", spec.kv_heads, spec.columns, d),
+        ("v", spec.kv_heads, spec.value_dim, 128 * blocks),
+    ):
+        args[f"{name}_codes"] = (1 << 20, 6, heads * rows * columns, rows * columns, columns, 1)
+        args[f"{name}_scales"] = (1 << 20, 0, heads, 1)
+    return args | more
+
+
+@needs_kernels
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 80), (128, 128), (160, 8), (192, 128), (256, 256)])
+@pytest.mark.parametrize("terms", [False, True])
+def test_the_plan_with_products_of_float8(dims: tuple[int, int], terms: bool) -> None:
+    spec = replace(PLAIN, head_dim=dims[0], value_dim=dims[1])
+    args = _args_fp8(spec, **({"bias": (16, 0, 1, 1, 1, 1)} if terms else {}))
+    first, second = params._C.cuda_plan_forward_fp8(args)  # type: ignore[union-attr]
+    tile = 64 if max(dims) <= 64 else 128 if max(dims) <= 128 else 256
+    kernel, grid, threads, shared, argument, maps = first
+    assert (kernel, threads) == (f"fp8_quantise_sm90_bf16_d{tile}", 256) and not maps and shared <= 227 * 1024
+    assert grid == 2 * (8 * 3 + 2 * 2 * 4)  # blocks of 128 rows of q, of k and of v
+    kernel, grid, threads, shared, again, maps = second
+    assert kernel == f"fp8_forward_sm90_bf16_d{tile}{'_options' if terms else ''}" and again == argument
+    assert (grid, threads) == (2 * 8 * 3, 384) and shared <= 227 * 1024 and len(argument) <= 4096
+    for (offset, address, code, sizes, strides, box), (heads, rows, columns, step) in zip(
+        maps,
+        (
+            (8, 300, dims[0], -(-dims[0] // 16) * 16),
+            (2, 500, dims[0], -(-dims[0] // 16) * 16),
+            (2, dims[1], 512, 512),  # transposed, keys in whole blocks
+        ),
+        strict=True,
+    ):
+        assert offset % 64 == 0 and offset + 128 <= len(argument) and address == 1 << 20 and code == 6
+        assert sizes == [columns, rows, heads, 2] and strides == [step, step * rows, step * rows * heads]
+        assert box[0] in (32, 64, 128) and all(0 < n <= 256 for n in box)
+    assert maps[0][5][:2] == [min(tile, 128), 64] and maps[2][5][1] == tile and maps[1][5][1] == maps[2][5][0]
+
+
+@needs_kernels
+def test_float8_and_packed_sequences_or_nothing_to_multiply() -> None:
+    plan = params._C.cuda_plan_forward_fp8  # type: ignore[union-attr]
+    packed = _args_fp8(PLAIN, cu_seqlens_q=16, cu_seqlens_k=16, total_rows=310, total_keys=510)
+    first, second = plan(packed)
+    assert first[1] == 8 * (310 // 128 + 2) + 2 * 2 * (510 // 128 + 2)  # each sequence begins with a block of its own
+    assert second[1] == 8 * min(2 * 3, 3 + 2)
+    assert [m[3] for m in second[5]] == [[64, 310, 8, 1], [64, 510, 2, 1], [5 * 128, 64, 2, 1]]
+    assert [kernel for kernel, *_ in plan(_args_fp8(replace(PLAIN, columns=0)))] == ["forward_sm80_bf16_d64"]  # zeros
+    assert plan(_args_fp8(replace(PLAIN, rows=0))) == [] and plan(_args_fp8(replace(PLAIN, batch=0))) == []
+    assert "fp8_quantise_sm90_bf16_d64, fp8_forward_sm90_bf16_d64" == cuda.plan(replace(PLAIN, precision="fp8"), SM_90)
 
 
 def _backward_sm90(spec: AttentionSpec, **more: Any) -> dict[str, list[Any]]:

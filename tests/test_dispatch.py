@@ -92,6 +92,27 @@ def test_explain_names_transforms() -> None:
     assert "forward-mode AD" in str(explanation.reasons["cpu"])
 
 
+def test_a_precision_that_no_backend_has_is_an_error_with_every_reason() -> None:
+    """The reference is no way out: it computes in the precision of the inputs."""
+    q, k, v = _qkv(torch.bfloat16)
+    own = "products in the precision of the inputs, not in fp8"
+    for call in (
+        lambda: fa.attention(q, k, v, precision="fp8"),
+        lambda: fa.attention(q, k, v, mask=torch.ones(20, 20, dtype=torch.bool), precision="fp8"),
+        lambda: torch.compile(fa.attention, backend="eager")(q, k, v, precision="fp8"),
+    ):
+        with pytest.raises(fa.BackendError) as caught:
+            call()
+        assert f"cpu: {own}; cuda: runs on CUDA tensors" in str(caught.value)
+        assert "; triton: " in str(caught.value) and f"reference: {own}" in str(caught.value)
+    for name in ("reference", "cpu"):
+        with fa.use_backend(name), pytest.raises(fa.BackendError, match=f"{name}.*{own}"):
+            fa.attention(q, k, v, precision="fp8")
+    explanation = fa.explain(q, k, v, precision="fp8")
+    assert explanation.backend is None and explanation.reasons["reference"] == own
+    assert explanation.to_dict()["spec"]["precision"] == "fp8" and "precision=fp8" in str(explanation)
+
+
 def test_explain_raises_as_attention_does() -> None:
     q, k, v = _qkv()
     with pytest.raises(fa.ArgumentError, match="window"):
@@ -116,6 +137,8 @@ def test_info_and_explain_from_a_shell(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["spec"]["window"] == [128, None] and found["backend"] == "cpu"
+    assert cli.main(["explain", "--dtype", "bfloat16", "--precision", "fp8"]) == 1  # nobody runs it
+    assert "products in the precision of the inputs, not in fp8" in capsys.readouterr().out
     assert cli.main(["explain", "--head-dim", "1024"]) == 0
     assert "head dims up to 512, not 1024" in capsys.readouterr().out
 

@@ -102,7 +102,8 @@ def test_no_loop_and_no_matrix_instruction() -> None:
 @pytest.mark.parametrize(
     ("op", "kind"),
     [
-        ("HGMMA.64x128x16.F32.BF16", "matrix"), ("UTCHMMA", "matrix"), ("MUFU.EX2", "exp2"), ("MUFU.RCP", "special"),
+        ("HGMMA.64x128x16.F32.BF16", "matrix"), ("QGMMA.64x128x32.F32.E4M3.E4M3", "matrix"),
+        ("UTCHMMA", "matrix"), ("MUFU.EX2", "exp2"), ("MUFU.RCP", "special"),
         ("FFMA", "fma"), ("IMAD.MOV.U32", "fma"), ("FMNMX", "alu"), ("F2FP.BF16.F32.PACK_AB", "alu"), ("MOV", "alu"),
         ("LDGSTS.E.BYPASS.128", "memory"), ("UTMALDG.4D", "memory"), ("UIADD3", "other"), ("BAR.SYNC", "other"),
         ("v_mfma_f32_16x16x16_bf16", "matrix"), ("v_exp_f32_e32", "exp2"), ("v_rcp_f32_e32", "special"),
@@ -118,6 +119,16 @@ def test_kinds_of_instructions(op: str, kind: str) -> None:
 @pytest.mark.parametrize(("arch", "teraflops"), [("sm_80", 312), ("sm_90", 989), ("sm_100", 2250), ("gfx942", 1307)])
 def test_the_rates_give_the_published_peaks(arch: str, teraflops: float) -> None:
     assert gpu_chips.CHIPS[arch].peak / 1e12 == pytest.approx(teraflops, rel=0.005)
+
+
+@pytest.mark.fast
+def test_the_rate_of_float8() -> None:
+    assert gpu_chips.CHIPS["sm_90"].peak_of("fp8") / 1e12 == pytest.approx(1979, rel=0.005)
+    assert gpu_chips.rate_name("QGMMA.64x128x32.F32.E4M3.E4M3") == "fp8"
+    loop = sass.Loop(Counter({"QGMMA.64x64x32.F32.E4M3.E4M3": 4, "MUFU.EX2": 32}), Counter())
+    found = gpu_static.roofline(loop, 8, [], "sm_90")
+    assert found["clocks"]["matrix unit"] == 256 and found["limit"] == "exp2 and other functions"
+    assert found["of_peak"] == pytest.approx(0.5)
 
 
 def _needs(**changes: Any) -> ahead.Resources:
@@ -147,7 +158,8 @@ def test_blocks_per_multiprocessor(needs: ahead.Resources, arch: str, expected: 
     ("op", "flops"),
     [
         ("HMMA.16816.F32.BF16", 2 * 16 * 8 * 16), ("HMMA.1688.F32.TF32", 2 * 16 * 8 * 8),
-        ("HGMMA.64x128x16.F32.BF16", 2 * 64 * 128 * 16 // 4), ("v_mfma_f32_32x32x8_bf16", 2 * 32 * 32 * 8),
+        ("HGMMA.64x128x16.F32.BF16", 2 * 64 * 128 * 16 // 4),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", 2 * 64 * 128 * 32 // 4), ("v_mfma_f32_32x32x8_bf16", 2 * 32 * 32 * 8),
         ("v_mfma_f32_4x4x4_16b_f16", 2 * 4 * 4 * 4 * 16), ("UTCHMMA", None), ("FFMA", None),
     ],
 )  # fmt: skip
@@ -221,3 +233,19 @@ def test_one_cuda_kernel_throughout() -> None:
     assert row["loop"]["matrix"] == 2 * m * n * 64 // (16 * 8 * 16) // (row["threads"] // 32)
     assert m * n // row["threads"] <= row["loop"]["exp2"] <= 1.25 * m * n // row["threads"]
     assert "CUDA forward | A100" in gpu_static.document([row])
+
+
+@compiles
+@needs_nvcc
+@needs_kernels
+def test_the_float8_kernels_throughout() -> None:
+    """A kernel without products makes the codes; the other one multiplies them at the rate of float8."""
+    first, second = gpu_static.measure(Job("cuda fp8", "sm_90", "bfloat16", 64))
+    assert gpu_static.measure(Job("cuda fp8", "sm_80", "bfloat16", 64)) == []
+    assert (first["kernel"], second["kernel"]) == ("CUDA fp8 quantise", "CUDA fp8 forward")
+    assert first["spilled_bytes"] == second["spilled_bytes"] == 0 and first["loop"] is None
+    m, n, warps = second["tile"]["BLOCK_M"], second["tile"]["BLOCK_N"], second["threads"] // 32 - 4
+    assert (m, n) == (128, 128) and all(op.startswith("QGMMA") for op in second["mnemonics"] if "GMMA" in op)
+    assert second["roofline"]["clocks"]["matrix unit"] == 4 * m * n * 64 / 8192
+    assert m * n // (32 * warps) <= second["loop"]["exp2"] <= 1.25 * m * n // (32 * warps)
+    assert "CUDA fp8 forward | H100" in gpu_static.document([first, second])

@@ -7,9 +7,11 @@ using namespace fused_attention;
 using namespace fused_attention::cuda;
 
 #define FORWARD(dtype, E, D) FORWARD2(dtype, E, D)
-#define FORWARD2(dtype, E, D)                                                                              \
-  FA_HOPPER_KERNEL(forward_sm90_##dtype##_d##D, HopperParams, HopperForward<E, D, false>(p, shared).run()) \
-  FA_HOPPER_KERNEL(forward_sm90_##dtype##_d##D##_options, HopperParams, HopperForward<E, D, true>(p, shared).run())
+#define FORWARD2(dtype, E, D)                                                 \
+  FA_HOPPER_KERNEL(forward_sm90_##dtype##_d##D, HopperParams,                 \
+                   HopperForward<HalfOperands<E, D, false>>(p, shared).run()) \
+  FA_HOPPER_KERNEL(forward_sm90_##dtype##_d##D##_options, HopperParams,       \
+                   HopperForward<HalfOperands<E, D, true>>(p, shared).run())
 #define FORWARDS(D) FA_DTYPES(FORWARD, D)
 FA_HOPPER_DIMS(FORWARDS)
 

@@ -13,21 +13,27 @@
 // of D (tile.cuh) where q was or beside it; mbarriers; bits of spoiled blocks, flags of spoiled keys; a strip of floats per
 // warp where there is a mask or bias. A warp owns 16 rows: its part of S, P and O stays in registers, as C fragments.
 //
+// OPERANDS: what the products are made of, 16-bit numbers (operands_sm90.cuh) or codes of 8 bits (fp8_operands.cuh).
+//
 // Spoiled blocks (forward_block.cuh) are remembered by round and taken again at the end, by the same roles.
 #pragma once
-#include "forward_block.cuh"
-#include "hopper.cuh"
-#include "hopper_params.h"
-#include "tiles.h"
+#include "operands_sm90.cuh"
 
 namespace fused_attention::cuda {
 
-template <class E, int D, bool OPTIONS>
+template <class OPERANDS>
 struct HopperForward : Block {
-  static constexpr HopperTile kTile = hopper_tile(D, OPTIONS);
+  using E = typename OPERANDS::Element;
+  using Params = typename OPERANDS::Params;
+  using Scales = typename OPERANDS::Scales;
+  static constexpr int D = OPERANDS::kDim;
+  static constexpr bool OPTIONS = OPERANDS::kOptions;
+  static constexpr HopperTile kTile = OPERANDS::kTile;
   static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kStages = kTile.stages;
   static constexpr int kConsumers = 32 * kHopperConsumers, NT = kKeys / 8, DT = D / 8;
-  static constexpr int kQuery = kRows * D * 2, kStage = kKeys * D * 2, kTiles = hopper_tiles(D, OPTIONS);  // bytes
+  static constexpr int kBytes = OPERANDS::kBytes, kPanelBytes = OPERANDS::kPanelBytes;
+  static constexpr int kQuery = kRows * D * kBytes, kStage = kKeys * D * kBytes;  // bytes
+  static constexpr int kTiles = hopper_tiles(D, kTile, kBytes);
   static constexpr int kMemory = 32 * kHopperFlags;  // rounds that are remembered apart
   using WarpStrip = Strip<false, 1, NT>;
   using State = PipelineState<kStages>;
@@ -35,12 +41,14 @@ struct HopperForward : Block {
   enum { kTurn = 1, kOwn = 3, kBoth = 5, kEveryone = 6 };
   static_assert((2 + 4 * kStages) * 8 <= kHopperBarrierBytes && kKeys / 32 <= kFlagBytes / 4);
 
+  const Params& params;
   const HopperParams& all;
   const AttentionParams& p;
   int lane, warp, consumer;  // warp: of its warpgroup; consumer: 0 or 1, -1 the producer
   char* shared;
 
-  __device__ __forceinline__ HopperForward(const HopperParams& all, char* shared) : all(all), p(all.p), shared(shared) {
+  __device__ __forceinline__ HopperForward(const Params& params, char* shared)
+      : params(params), all(OPERANDS::hopper(params)), p(all.p), shared(shared) {
     const int thread = static_cast<int>(threadIdx.x), warps = same_for_warp(thread >> 5);
     lane = thread & 31, warp = warps & 3, consumer = warps / 4 - 1;
   }
@@ -53,7 +61,7 @@ struct HopperForward : Block {
   __device__ __forceinline__ uint32_t k(int stage) const { return q() + kQuery + stage * kStage; }
   __device__ __forceinline__ uint32_t v(int stage) const { return k(kStages + stage); }
   __device__ __forceinline__ uint32_t out() const {
-    return (kTile.own_out ? v(kStages) : q()) + consumer * (kQuery / 2);
+    return (kTile.own_out ? v(kStages) : q()) + consumer * (64 * D * 2);
   }
   __device__ __forceinline__ uint32_t* spoiled_rounds() const {
     return reinterpret_cast<uint32_t*>(shared + kTiles + kHopperBarrierBytes);
@@ -118,17 +126,14 @@ struct HopperForward : Block {
   __device__ __forceinline__ void load_queries() {
     arrive_expecting(q_full(), kQuery);
     const int row = static_cast<int>(first_row(p, x.b)) + row0;
-    const int head = p.q.stride[1] ? map.head : 0, batch = p.q.stride[0] ? x.b : 0;
-    load_tile<64, D>(q(), all.q, row, head, batch, q_full());
-    load_tile<64, D>(q() + kQuery / 2, all.q, row + 64, head, batch, q_full());
+    OPERANDS::load_queries(q(), params, *this, row, q_full());
+    OPERANDS::load_queries(q() + kQuery / 2, params, *this, row + 64, q_full());
   }
-  // row: in the tensor.
-  __device__ __forceinline__ void load_keys(uint32_t to, const TensorMap& tensor, const Tensor& t, int row,
-                                            uint32_t full, uint32_t empty, uint32_t phase) {
+  // Whether this thread is to start copies into a stage, once it is empty.
+  __device__ __forceinline__ bool begin_stage(uint32_t full, uint32_t empty, uint32_t phase) {
     wait(empty, phase ^ 1);
-    if (lane != 0) return;
-    arrive_expecting(full, kStage);
-    load_tile<kKeys, D>(to, tensor, row, t.stride[1] ? kv_head : 0, t.stride[0] ? x.b : 0, full);
+    if (lane == 0) arrive_expecting(full, kStage);
+    return lane == 0;
   }
 
   __device__ __forceinline__ void produce() {
@@ -144,11 +149,13 @@ struct HopperForward : Block {
           q_phase ^= 1;
           if (lane == 0) load_queries();
         }
-        const int first = static_cast<int>(first_key(p, x.b));
+        const int first = static_cast<int>(first_key(p, x.b)), first_value = OPERANDS::first_value(params, *this);
 #pragma unroll 1
         for (int key = range.begin; key < range.end; key += kKeys, at.advance()) {
-          load_keys(k(at.stage), all.k, p.k, first + key, k_full(at.stage), k_empty(at.stage), at.phase);
-          load_keys(v(at.stage), all.v, p.v, first + key, v_full(at.stage), v_empty(at.stage), at.phase);
+          if (begin_stage(k_full(at.stage), k_empty(at.stage), at.phase))
+            OPERANDS::load_keys(k(at.stage), params, *this, first, key, k_full(at.stage));
+          if (begin_stage(v_full(at.stage), v_empty(at.stage), at.phase))
+            OPERANDS::load_values(v(at.stage), params, *this, first_value, key, v_full(at.stage));
         }
         __syncwarp();
       });
@@ -163,17 +170,21 @@ struct HopperForward : Block {
 
   // Queries of several heads do not follow each other in the tensor: each consumer copies its rows.
   __device__ __forceinline__ void gather_queries() {
-    const char* base = row_address(p.q, slot(p, x.b), 0, first_row(p, x.b));
+    constexpr int kChunks = D * kBytes / 16, kNumbers = 16 / kBytes;
+    const Tensor& t = OPERANDS::queries(params);
+    const char* base =
+        static_cast<const char*>(t.data) + kBytes * (slot(p, x.b) * t.stride[0] + first_row(p, x.b) * t.stride[2]);
     if (!kTile.own_out) barrier_sync(kOwn + consumer, kWarpgroup);  // the block before has left for global memory
 #pragma unroll 1
     for (int r = 4 * warp + (lane >> 3); r < 64; r += 16) {
       const int own = row0 + 64 * consumer + r, last = map.clamp(own);
-      const char* row = base + 2 * (map.head_of(last) * p.q.stride[1] + map.query(last) * p.q.stride[2]);
+      const char* row = base + kBytes * (map.head_of(last) * t.stride[1] + map.query(last) * t.stride[2]);
 #pragma unroll
-      for (int i = 0; i < DT / 8; ++i) {
-        const int chunk = 8 * i + (lane & 7), dims = min(static_cast<int>(p.D) - 8 * chunk, 8);
-        const int bytes = own == last && dims > 0 ? 2 * dims : 0;
-        copy_async(own_q() + panel_offset<64>(r, chunk), bytes ? row + 16 * chunk : base, bytes);
+      for (int i = 0; i < (kChunks + 7) / 8; ++i) {
+        const int chunk = 8 * i + (lane & 7), dims = min(static_cast<int>(p.D) - kNumbers * chunk, kNumbers);
+        if (kChunks % 8 != 0 && chunk >= kChunks) break;
+        const int bytes = own == last && dims > 0 ? kBytes * dims : 0;
+        copy_async(own_q() + panel_offset<64, kPanelBytes>(r, chunk), bytes ? row + 16 * chunk : base, bytes);
       }
     }
     commit_copies();
@@ -191,24 +202,32 @@ struct HopperForward : Block {
   __device__ __forceinline__ void leave(uint32_t empty) {
     if (lane == 0) arrive(empty);
   }
-  __device__ __forceinline__ void start_scores(Scores& s, int stage) {
+  // Of the rows of k from `part` on.
+  template <int PART>
+  __device__ __forceinline__ void start_scores(float (&s)[1][PART][4], uint32_t keys, int part = 0) {
     products_begin();
-    multiply<E, kKeys, D / 16>(s[0], along_columns<64>(own_q()), along_columns<kKeys>(k(stage)), false);
+    multiply<typename OPERANDS::Operand, 8 * PART, D * kBytes / 32>(
+        s[0], along_columns<64, kPanelBytes>(own_q()), along_columns<kKeys, kPanelBytes>(keys, part), false);
     products_commit();
   }
-  __device__ __forceinline__ void start_sum(Out& acc, const uint32_t (&weights)[NT / 2][4], int stage) {
+  template <int STEPS>
+  __device__ __forceinline__ void start_sum(Out& acc, const uint32_t (&weights)[STEPS][4], uint32_t values,
+                                            int part = 0) {
     products_begin();
-    multiply<E, D>(acc[0], weights, along_rows<kKeys>(v(stage)));
+    OPERANDS::add_products(acc[0], weights, values, part);
     products_commit();
   }
 
   // Products become scores. row: of this warp.
   template <int PART>
-  __device__ __forceinline__ void finish(float (&s)[1][PART][4], bool partial, int row, int key) {
+  __device__ __forceinline__ void finish(float (&s)[1][PART][4], const Scales& scales, bool partial, int row, int key) {
     row = opaque(row);
     const int lane = opaque(this->lane);
     const auto here = make_elements<false, 1, PART>(row, key, lane);
-    if constexpr (OPTIONS) finish_scores<false>(s, s, p, x, map, here, row, key, strip(), lane);
+    if constexpr (OPTIONS) {
+      scales.apply(s);
+      finish_scores<false>(s, s, p, x, map, here, row, key, strip(), lane);
+    }
     if (partial) hide(s, p, x, map, here);
   }
   template <int PART>
@@ -221,26 +240,28 @@ struct HopperForward : Block {
     return {0};
   }
   // Weights as they are multiplied with v.
-  template <int PART>
-  __device__ __forceinline__ void pack(uint32_t (&weights)[PART / 2][4], float (&s)[1][PART][4],
+  template <int STEPS, int PART>
+  __device__ __forceinline__ void pack(uint32_t (&weights)[STEPS][4], float (&s)[1][PART][4],
                                        const KeptElements& kept) {
     if (OPTIONS && p.dropout_p > 0.0) drop(s, kept);
-    pack_fragment<E>(weights, s[0]);
+    OPERANDS::pack(weights, s[0]);
   }
 
   // O and the state of its rows, over all keys. k runs one tile ahead of v.
-  __device__ __forceinline__ void attend(Out& acc, RowState<1>& state, const Range& range, int row, State& at) {
+  __device__ __forceinline__ void attend(Out& acc, RowState<1>& state, Scales& scales, const Range& range, int row,
+                                         State& at) {
     const float factor = exponent_factor(p);
     Scores s;
-    uint32_t weights[NT / 2][4];
+    typename OPERANDS::template Weights<kKeys> weights;
     wait(k_full(at.stage), at.phase);
-    start_scores(s, at.stage);
+    start_scores(s, k(at.stage));
+    scales.take(params, *this, range.begin);
     KeptElements kept = draw<NT>(row, range.begin);
     products_wait<0>();
     hold(s[0]);
     leave(k_empty(at.stage));
-    finish(s, range.partial(range.begin), row, range.begin);
-    weigh_row(s, state, 0, 0, factor), weigh_row(s, state, 0, 1, factor);
+    finish(s, scales, range.partial(range.begin), row, range.begin);
+    scales.weigh(s, state, 0, factor), scales.weigh(s, state, 1, factor);
     pack(weights, s, kept);
 #pragma unroll 1
     for (int key = range.begin + kKeys; key < range.end; key += kKeys) {
@@ -248,16 +269,17 @@ struct HopperForward : Block {
       next.advance();
       wait(k_full(next.stage), next.phase);
       barrier_sync(kTurn + consumer, kConsumers);
-      start_scores(s, next.stage);
+      start_scores(s, k(next.stage));
       wait(v_full(at.stage), at.phase);
-      start_sum(acc, weights, at.stage);
+      start_sum(acc, weights, v(at.stage));
       barrier_arrive(kTurn + (consumer ^ 1), kConsumers);
+      scales.take(params, *this, key);
       kept = draw<NT>(row, key);
       products_wait<1>();
       hold(s[0]);
       leave(k_empty(next.stage));
-      finish(s, range.partial(key), row, key);
-      const float fade[2] = {weigh_row(s, state, 0, 0, factor), weigh_row(s, state, 0, 1, factor)};
+      finish(s, scales, range.partial(key), row, key);
+      const float fade[2] = {scales.weigh(s, state, 0, factor), scales.weigh(s, state, 1, factor)};
       keep_before(state.total[0] + state.total[1]);
       products_wait<0>();
       hold(acc[0]);
@@ -267,7 +289,7 @@ struct HopperForward : Block {
       at = next;
     }
     wait(v_full(at.stage), at.phase);
-    start_sum(acc, weights, at.stage);
+    start_sum(acc, weights, v(at.stage));
     products_wait<0>();
     hold(acc[0]);
     leave(v_empty(at.stage));
@@ -275,9 +297,9 @@ struct HopperForward : Block {
   }
 
   // The same with care: v is cleaned before it is multiplied, and there is one product after the other, of few keys each.
-  __device__ __forceinline__ void attend_carefully(Out& acc, RowState<1>& state, const Range& range, int row,
-                                                   State& at) {
-    constexpr int kPart = D > 128 ? 16 : 32;
+  __device__ __forceinline__ void attend_carefully(Out& acc, RowState<1>& state, Scales& scales, const Range& range,
+                                                   int row, State& at) {
+    constexpr int kPart = OPERANDS::kPart;
 #pragma unroll 1
     for (int key = range.begin; key < range.end; key += kKeys, at.advance()) {
       const int thread = opaque(consumer * kWarpgroup + warp * 32 + lane);
@@ -286,27 +308,24 @@ struct HopperForward : Block {
       wait(k_full(at.stage), at.phase);
       wait(v_full(at.stage), at.phase);
       barrier_sync(kBoth, kConsumers);
-      clean_values<E, kKeys, D, kConsumers>(
-          flags(), thread, [=](int row, int chunk) { return values + panel_offset<kKeys>(row, chunk); });
+      OPERANDS::template clean<kConsumers>(flags(), thread, values);
       fence_async();
       barrier_sync(kBoth, kConsumers);
 #pragma unroll 1
       for (int part = 0; part < kKeys; part += kPart) {
         float s[1][kPart / 8][4];
-        uint32_t weights[kPart / 16][4];
-        products_begin();
-        multiply<E, kPart, D / 16>(s[0], along_columns<64>(own_q()), along_columns<kKeys>(keys, part), false);
-        products_commit();
+        typename OPERANDS::template Weights<kPart> weights;
+        start_scores(s, keys, part);
+        scales.take(params, *this, key + part);
         const KeptElements kept = draw<kPart / 8>(row, key + part);
         products_wait<0>();
         hold(s[0]);
-        finish(s, true, row, key + part);
+        finish(s, scales, true, row, key + part);
         const uint64_t hidden = hidden_elements(s);
-        online_softmax(s, state, acc, exponent_factor(p));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) shrink_row(acc, 0, half, scales.weigh(s, state, half, exponent_factor(p)));
         pack(weights, s, kept);
-        products_begin();
-        multiply<E, D>(acc[0], weights, along_rows<kKeys>(values + part * kPanelRowBytes));
-        products_commit();
+        start_sum(acc, weights, values, part);
         products_wait<0>();
         hold(acc[0]);
         const Rows source = key_rows(p, p.v, x.seen, p.DV);
@@ -333,19 +352,22 @@ struct HopperForward : Block {
         const int row = row0 + 64 * consumer + 16 * warp;
         Out acc;
         RowState<1> state;
+        Scales scales;
+        scales.begin(params, *this, row, lane);
         clear(acc);
         state.clear();
         const bool any = range.begin < range.end;
         if (any) {
           await_queries(q_phase);
           if (again)
-            attend_carefully(acc, state, range, row, at);
+            attend_carefully(acc, state, scales, range, row, at);
           else
-            attend(acc, state, range, row, at);
+            attend(acc, state, scales, range, row, at);
           if (kTile.own_out && !map.packed) leave(q_empty());
           if (!again && __any_sync(0xffffffffu, spoiled(acc)) && lane == 0)
             atomicOr(&spoiled_rounds()[round % kMemory / 32], 1u << (round % 32));
         }
+        scales.end(acc, state);
         finish_block(acc, state, row);
         if (any && !kTile.own_out && !map.packed) {
           fence_async();

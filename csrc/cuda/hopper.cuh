@@ -13,8 +13,9 @@
 //   along_columns(tile, row)    K runs along the columns of the tile; M or N along its rows, from `row` (a multiple of 8)
 //   along_rows(tile, panel)     K runs along the rows; M or N along its columns, from column 64 * panel
 //
-// both for A (64 rows or columns of a tile are used) and for B (N of them); step k of an operand is 16 of K. Examples, with
-// tiles q [64, D], k [keys, D], v [keys, DV], and P an A fragment in registers:
+// both for A (64 rows or columns of a tile are used) and for B (N of them); step k of an operand is 16 of K. Tiles of 8-bit
+// numbers have panels of 128, 64 or 32 columns (ROW_BYTES), with a swizzle as wide (chunk c of 64 bytes at c ^ (r / 2 mod
+// 4), of 32 at c ^ (r / 4 mod 2)), and steps of 32; K runs along their columns. Examples, with tiles q [64, D], k [keys, D], v [keys, DV], and P an A fragment in registers:
 //
 //   S = Q K^T:   multiply<E, keys, D / 16>(s, along_columns<64>(q), along_columns<keys>(k), false)
 //   O += P V:    multiply<E, DV>(o, p, along_rows<keys>(v))                p[keys / 16][4]: see pack_fragment
@@ -142,31 +143,38 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const TensorMap& map, i
 }
 
 // Where 16-byte chunk `chunk` of a row of a tile with ROWS rows lies.
-template <int ROWS>
+template <int ROWS, int ROW_BYTES = kPanelRowBytes>
 __device__ __forceinline__ uint32_t panel_offset(int row, int chunk) {
-  return static_cast<uint32_t>(((chunk >> 3) * ROWS + row) * kPanelRowBytes + (((chunk ^ row) & 7) << 4));
+  constexpr int kChunks = ROW_BYTES / 16;
+  const int place = (chunk ^ row * kChunks / 8) & (kChunks - 1);
+  return static_cast<uint32_t>((chunk / kChunks * ROWS + row) * ROW_BYTES + (place << 4));
 }
 
 // --- operands: "Matrix-descriptor format" ---------------------------------------------------------------------------
 
 // An operand in a tile of ROWS rows. TRANSPOSED ("MN-major"): K runs along the rows.
-template <int ROWS, bool TRANSPOSED>
+template <int ROWS, bool TRANSPOSED, int ROW_BYTES = kPanelRowBytes>
 struct Panels {
   static_assert(ROWS % (TRANSPOSED ? 16 : 8) == 0);
-  static constexpr int kPanel = ROWS * kPanelRowBytes;
+  static_assert(ROW_BYTES == 128 || ((ROW_BYTES == 64 || ROW_BYTES == 32) && !TRANSPOSED));
+  static constexpr bool kTransposed = TRANSPOSED;
+  static constexpr int kPanel = ROWS * ROW_BYTES;
   uint32_t tile;  // where step 0 begins
-  // Bits 0-13: address / 16, 16-29: leading byte offset / 16, 32-45: stride byte offset / 16, 62-63: 1, 128-byte swizzle.
-  // Eight rows of a panel, 1024 bytes, follow the eight before; where K runs along them, panels are `leading` bytes apart.
+  // Bits 0-13: address / 16, 16-29: leading byte offset / 16, 32-45: stride byte offset / 16, 62-63: 1, 128-byte swizzle,
+  // 2, 64-byte, or 3, 32-byte. Eight rows of a panel follow the eight before; where K runs along them, panels are `leading` bytes
+  // apart. A step of K along columns is 32 bytes: 16 numbers of 16 bits, 32 of 8.
   __device__ __forceinline__ uint64_t operator()(int step) const {
-    constexpr uint32_t kLeading = TRANSPOSED ? kPanel >> 4 << 16 : 0, kHigh = 8 * kPanelRowBytes >> 4 | 1u << 30;
-    const int bytes = TRANSPOSED ? step * 16 * kPanelRowBytes : step / 4 * kPanel + step % 4 * 32;
+    constexpr uint32_t kLeading = TRANSPOSED ? kPanel >> 4 << 16 : 0;
+    constexpr uint32_t kHigh = 8 * ROW_BYTES >> 4 | (ROW_BYTES == 128 ? 1u : ROW_BYTES == 64 ? 2u : 3u) << 30;
+    constexpr int kSteps = ROW_BYTES / 32;
+    const int bytes = TRANSPOSED ? step * 16 * kPanelRowBytes : step / kSteps * kPanel + step % kSteps * 32;
     return static_cast<uint64_t>(kHigh) << 32 | ((tile >> 4 | kLeading) + (bytes >> 4));
   }
 };
 // The address is opaque, so that descriptors are computed where they are used, not kept in registers.
-template <int ROWS>
-__device__ __forceinline__ Panels<ROWS, false> along_columns(uint32_t tile, int row = 0) {
-  return {static_cast<uint32_t>(opaque(static_cast<int>(tile + row * kPanelRowBytes)))};
+template <int ROWS, int ROW_BYTES = kPanelRowBytes>
+__device__ __forceinline__ Panels<ROWS, false, ROW_BYTES> along_columns(uint32_t tile, int row = 0) {
+  return {static_cast<uint32_t>(opaque(static_cast<int>(tile + row * ROW_BYTES)))};
 }
 template <int ROWS>
 __device__ __forceinline__ Panels<ROWS, true> along_rows(uint32_t tile, int panel = 0) {
@@ -230,7 +238,20 @@ __device__ __forceinline__ void keep_before(float x) {
 #define FA_FLOATS_256 \
   FA_FLOATS_192, FA_FOUR(24), FA_FOUR(25), FA_FOUR(26), FA_FOUR(27), FA_FOUR(28), FA_FOUR(29), FA_FOUR(30), FA_FOUR(31)
 
-// One instruction: d = add ? d + A B : A B, A [64, 16], B [16, N]. P1 ...: places of the operands after the accumulator.
+// Operands of 8 bits (float8 e4m3: s eeee mmm, bias 7, no infinities), of which both run along K.
+struct E4m3 {
+  // Four numbers, the first in the lowest byte, to nearest even; what is too large becomes the largest, 448. "cvt"
+  static __device__ __forceinline__ uint32_t pack(float a, float b, float c, float d) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+  }
+};
+
+// One instruction: d = add ? d + A B : A B, A [64, K], B [K, N]. P1 ...: places of the operands after the accumulator.
 template <int N>
 struct Product;
 
@@ -245,19 +266,33 @@ struct Product;
                                           ";\n}"                                                                     \
                : FA_FLOATS_##N                                                                                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_TRANSPOSED))
+#define FA_SHARED_CODES(N, P1, P2, P3)                                                               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P3 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+               "k32.f32.e4m3.e4m3 {" FA_NAMES_##N "}, %" #P1 ", %" #P2 ", p, 1, 1;\n}"               \
+               : FA_FLOATS_##N                                                                       \
+               : "l"(a), "l"(b), "r"(add))
+#define FA_REGISTER_CODES(N, P1, P2, P3, P4, P5, P6)                                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P6 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                   \
+               "k32.f32.e4m3.e4m3 {" FA_NAMES_##N "}, {%" #P1 ", %" #P2 ", %" #P3 ", %" #P4 "}, %" #P5 ", p, 1, 1;\n}" \
+               : FA_FLOATS_##N                                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 #define FA_PRODUCT(N, P1, P2, P3, P4, P5, P6, P7)                                                                   \
   template <>                                                                                                       \
   struct Product<N> {                                                                                               \
     template <class E, int A_TRANSPOSED, int B_TRANSPOSED>                                                          \
     static __device__ __forceinline__ void run(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add) {             \
-      if constexpr (std::is_same_v<E, Bf16>)                                                                        \
+      if constexpr (std::is_same_v<E, E4m3>)                                                                        \
+        FA_SHARED_CODES(N, P1, P2, P3);                                                                             \
+      else if constexpr (std::is_same_v<E, Bf16>)                                                                   \
         FA_SHARED_OPERANDS("bf16", N, P1, P2, P3, P4, P5);                                                          \
       else                                                                                                          \
         FA_SHARED_OPERANDS("f16", N, P1, P2, P3, P4, P5);                                                           \
     }                                                                                                               \
     template <class E, int B_TRANSPOSED>                                                                            \
     static __device__ __forceinline__ void run(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int add) { \
-      if constexpr (std::is_same_v<E, Bf16>)                                                                        \
+      if constexpr (std::is_same_v<E, E4m3>)                                                                        \
+        FA_REGISTER_CODES(N, P1, P2, P3, P4, P5, P6);                                                               \
+      else if constexpr (std::is_same_v<E, Bf16>)                                                                   \
         FA_REGISTER_OPERAND("bf16", N, P1, P2, P3, P4, P5, P6, P7);                                                 \
       else                                                                                                          \
         FA_REGISTER_OPERAND("f16", N, P1, P2, P3, P4, P5, P6, P7);                                                  \
@@ -273,24 +308,25 @@ FA_PRODUCT(128, 64, 65, 66, 67, 68, 69, 70)
 FA_PRODUCT(192, 96, 97, 98, 99, 100, 101, 102)
 FA_PRODUCT(256, 128, 129, 130, 131, 132, 133, 134)
 #undef FA_PRODUCT
+#undef FA_REGISTER_CODES
+#undef FA_SHARED_CODES
 #undef FA_REGISTER_OPERAND
 #undef FA_SHARED_OPERANDS
 
-// d [64, N] += A [64, 16 STEPS] B [16 STEPS, N]; unless `add`, d is overwritten.
-template <class E, int N, int STEPS, int A_ROWS, bool A_TRANSPOSED, int B_ROWS, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&d)[N / 8][4], Panels<A_ROWS, A_TRANSPOSED> a,
-                                         Panels<B_ROWS, B_TRANSPOSED> b, bool add) {
+// d [64, N] += A [64, K STEPS] B [K STEPS, N], K 16 or, of E4m3, 32; unless `add`, d is overwritten. A, B: Panels.
+template <class E, int N, int STEPS, class A, class B>
+__device__ __forceinline__ void multiply(float (&d)[N / 8][4], A a, B b, bool add) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
-    Product<N>::template run<E, A_TRANSPOSED, B_TRANSPOSED>(d, a(step), b(step), add || step);
+    Product<N>::template run<E, A::kTransposed, B::kTransposed>(d, a(step), b(step), add || step);
 }
 
-// The same with A in registers, fragments [64, 16] one after the other.
-template <class E, int N, int STEPS, int B_ROWS, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&a)[STEPS][4],
-                                         Panels<B_ROWS, B_TRANSPOSED> b, bool add = true) {
+// The same with A in registers, fragments [64, K] one after the other.
+template <class E, int N, int STEPS, class B>
+__device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&a)[STEPS][4], B b, bool add = true) {
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) Product<N>::template run<E, B_TRANSPOSED>(d, a[step], b(step), add || step);
+  for (int step = 0; step < STEPS; ++step)
+    Product<N>::template run<E, B::kTransposed>(d, a[step], b(step), add || step);
 }
 
 // An accumulator [64, 8 NT], rounded to 16 bits, as the A fragments of a product over its columns.

@@ -73,6 +73,8 @@ extern const Kernel kKeyGradientSm80[];
 extern const Kernel kQueryGradientSm80[];
 extern const Kernel kDecodeSm80[];
 extern const Kernel kForwardSm90[];
+extern const Kernel kForwardFp8Sm90[];
+extern const Kernel kQuantiseSm90[];
 extern const Kernel kKeyGradientSm90[];
 extern const Kernel kQueryGradientSm90[];
 

@@ -27,9 +27,10 @@ struct Entry {
 const std::unordered_map<std::string, Entry>& entries() {
   static const std::unordered_map<std::string, Entry> all = [] {
     std::unordered_map<std::string, Entry> found;
-    const Kernel* const lists[] = {kForwardSm80, kKeyGradientSm80, kQueryGradientSm80, kDecodeSm80,
+    const Kernel* const lists[] = {kForwardSm80,      kKeyGradientSm80, kQueryGradientSm80, kDecodeSm80,
 #ifdef FA_HAVE_SM90
-                                   kForwardSm90, kKeyGradientSm90, kQueryGradientSm90
+                                   kForwardSm90,      kForwardFp8Sm90,  kQuantiseSm90,      kKeyGradientSm90,
+                                   kQueryGradientSm90
 #endif
     };
     for (const Kernel* list : lists)
@@ -77,8 +78,13 @@ EncodeTiled encode_tiled() {
 std::string write_map(const MapPlan& m, unsigned char* argument) {
   const EncodeTiled encode = encode_tiled();
   if (!encode) return "the driver has no cuTensorMapEncodeTiled";
-  const CUtensorMapDataType type =
-      m.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType type = m.dtype == DType::e4m3   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : m.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const int width = m.box[0] * (m.dtype == DType::e4m3 ? 1 : 2);
+  const CUtensorMapSwizzle swizzle = width == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : width == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
   cuuint64_t dims[4], strides[3];
   cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
   for (int i = 0; i < 4; ++i) dims[i] = static_cast<cuuint64_t>(m.dims[i]), box[i] = static_cast<cuuint32_t>(m.box[i]);
@@ -86,7 +92,7 @@ std::string write_map(const MapPlan& m, unsigned char* argument) {
   alignas(64) CUtensorMap map;
   const CUresult result =
       encode(&map, type, 4, const_cast<void*>(m.address), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return "cuTensorMapEncodeTiled: CUresult " + std::to_string(static_cast<int>(result));
   std::memcpy(argument + m.offset, &map, sizeof(map));
   return "";

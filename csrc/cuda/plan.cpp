@@ -65,9 +65,11 @@ RowsOf rows_of(const AttentionParams& p, const Tensor& t, bool keys) {
           &t == &p.v || &t == &p.dout ? p.DV : p.D};
 }
 
+bool nothing_to_multiply(const AttentionParams& p) { return p.M == 0 || p.N == 0 || p.HK == 0; }
+
 // Whether the kernels for sm_90 take a call: those for sm_80, which run there too, take what the copy engine cannot read.
 bool on_hopper(const AttentionParams& p) {
-  if (p.arch != 90 || p.M == 0 || p.N == 0 || p.HK == 0) return false;
+  if (p.arch != 90 || nothing_to_multiply(p)) return false;
   // Of packed sequences the totals come later than this question; as long as there are rows they do not matter to it.
   AttentionParams some = p;
   some.total_rows = some.total_keys = 2;
@@ -80,32 +82,60 @@ bool gradients_on_hopper(const AttentionParams& p) {
   return on_hopper(p) && can_map(rows_of(some, some.dout, false));
 }
 
-// Heads whose blocks are sorted together: where later rows have more work, as many as have k and v in half of the L2
-// cache of 50 MiB; else one after the other.
-int64_t heads_of_section(const AttentionParams& p, int64_t together) {
+// Heads whose blocks are sorted together: where later rows have more work, as many as have k and v, of so many bytes a
+// number, in half of the L2 cache of 50 MiB; else one after the other.
+int64_t heads_of_section(const AttentionParams& p, int64_t together, int number) {
   if (p.window_right >= kFar) return 1;
-  const int64_t bytes = 2 * p.N * (p.D + p.DV), fit = (int64_t{24} << 20) / bytes;
+  const int64_t bytes = number * p.N * (p.D + p.DV), fit = (int64_t{24} << 20) / bytes;
   return (fit > 1 ? fit : 1) * (p.H / p.HK / together);
+}
+
+// The call, and how its blocks are shared out; false if there are none.
+bool share_out(const AttentionParams& p, const HopperTile& tile, int number, HopperParams& argument) {
+  const int64_t together = heads_together(p, tile.rows), heads = p.H / together;
+  const int64_t blocks = heads * all_blocks(p, p.M * together, p.total_rows * together, tile.rows);
+  argument.p = p;
+  argument.blocks = static_cast<int32_t>(blocks);
+  argument.section = static_cast<int32_t>(min_of(heads_of_section(p, together, number), p.B * heads));
+  return blocks > 0;
 }
 
 std::vector<Launch> plan_forward_hopper(const AttentionParams& p) {
   const int d = hopper_dim(p.D, p.DV);
   const bool options = has_options(p);
   const HopperTile tile = hopper_tile(d, options);
-  const int64_t together = heads_together(p, tile.rows), heads = p.H / together;
-  const int64_t blocks = heads * all_blocks(p, p.M * together, p.total_rows * together, tile.rows);
-  if (!blocks) return {};
   HopperParams argument{};
-  argument.p = p;
-  argument.blocks = static_cast<int32_t>(blocks);
-  argument.section = static_cast<int32_t>(min_of(heads_of_section(p, together), p.B * heads));
+  if (!share_out(p, tile, 2, argument)) return {};
   const std::string name = name_of("forward", p.q.dtype, d, 90);
-  Launch launch = make_launch(options ? name + "_options" : name, min_of(blocks, p.processors), kHopperWarps,
-                              hopper_shared(d, options, has_terms(p)), argument);
+  Launch launch = make_launch(options ? name + "_options" : name, min_of(argument.blocks, p.processors), kHopperWarps,
+                              hopper_shared(d, tile, 2, has_terms(p)), argument);
   launch.maps = {make_map(rows_of(p, p.q, false), offsetof(HopperParams, q), 64),
                  make_map(rows_of(p, p.k, true), offsetof(HopperParams, k), tile.keys),
                  make_map(rows_of(p, p.v, true), offsetof(HopperParams, v), tile.keys)};
   return {launch};
+}
+
+// Blocks that share a scale, of all sequences: each packed one begins with a block of its own (fp8_params.h).
+int32_t scale_blocks(const AttentionParams& p, int64_t longest, int64_t total) {
+  return static_cast<int32_t>(p.cu_seqlens_q ? total / kScaleBlock + p.B : p.B * ceil_div(longest, kScaleBlock));
+}
+
+Launch launch_fp8(const Fp8Params& argument) {
+  const AttentionParams& p = argument.hopper.p;
+  const int d = hopper_dim(p.D, p.DV), width = d < 128 ? d : 128;
+  const bool options = has_options(p), packed = p.cu_seqlens_q;
+  const HopperTile tile = fp8_tile(d, options);
+  const std::string name = name_of("fp8_forward", p.q.dtype, d, 90);
+  Launch launch = make_launch(options ? name + "_options" : name, min_of(argument.hopper.blocks, p.processors),
+                              kHopperWarps, hopper_shared(d, tile, 1, has_terms(p)), argument);
+  const int64_t batch = packed ? 1 : p.B;
+  const RowsOf queries{argument.q_codes, batch, p.H, packed ? p.total_rows : p.M, p.D};
+  const RowsOf keys{argument.k_codes, batch, p.HK, packed ? p.total_keys : p.N, p.D};
+  const RowsOf values{argument.v_codes, batch, p.HK, p.DV, argument.key_blocks / batch * kScaleBlock};
+  launch.maps = {make_map(queries, offsetof(HopperParams, q), 64, width),
+                 make_map(keys, offsetof(HopperParams, k), tile.keys, width),
+                 make_map(values, offsetof(HopperParams, v), d, tile.keys)};
+  return launch;
 }
 
 // What one kernel call sums, and the tiles of its result.
@@ -226,6 +256,11 @@ std::string refusal(const AttentionParams& p) {
   return "";
 }
 
+std::string refusal(const Fp8Params& p) {
+  if (p.hopper.p.arch != 90) return "products of float8 on sm_90a only";
+  return refusal(p.hopper.p);
+}
+
 std::string refusal(const DecodeParams& p) {
   if (p.q.dtype != DType::bf16 && p.q.dtype != DType::f16) return "bfloat16 and float16 only";
   if (!decode_dim(p.D, p.DV)) return "head dims up to 256";
@@ -251,6 +286,15 @@ Blocks block_sizes(const AttentionParams& p) {
   return {rows, queries.rows, keys.keys, heads_together(p, rows)};
 }
 
+Fp8Blocks fp8_blocks(const AttentionParams& p) {
+  if (nothing_to_multiply(p)) {
+    const Blocks b = block_sizes(p);
+    return {b.forward_rows, b.forward_group, kScaleBlock};
+  }
+  const int rows = fp8_tile(hopper_dim(p.D, p.DV), has_options(p)).rows;
+  return {rows, heads_together(p, rows), kScaleBlock};
+}
+
 Shares additive_shares(const AttentionParams& p) { return {shares_of(p, p.dmask), shares_of(p, p.dbias)}; }
 
 std::vector<Launch> plan_forward(const AttentionParams& given) {
@@ -265,6 +309,19 @@ std::vector<Launch> plan_forward(const AttentionParams& given) {
   const std::string name = name_of("forward", p.q.dtype, d);
   return {
       make_launch(options ? name + "_options" : name, grid, tile.warps, forward_shared(d, options, has_terms(p)), p)};
+}
+
+std::vector<Launch> plan_forward_fp8(const Fp8Params& given) {
+  Fp8Params argument = given;
+  const AttentionParams p = normalised(given.hopper.p);
+  if (nothing_to_multiply(p)) return plan_forward(given.hopper.p);
+  const int d = hopper_dim(p.D, p.DV);
+  if (!share_out(p, fp8_tile(d, has_options(p)), 1, argument.hopper)) return {};
+  argument.row_blocks = scale_blocks(p, p.M, p.total_rows);
+  argument.key_blocks = scale_blocks(p, p.N, p.total_keys);
+  const int64_t blocks = p.H * argument.row_blocks + 2 * p.HK * argument.key_blocks;
+  return {make_launch(name_of("fp8_quantise", p.q.dtype, d, 90), blocks, kQuantiseWarps, quantise_shared(d), argument),
+          launch_fp8(argument)};
 }
 
 std::vector<Launch> plan_backward(const AttentionParams& given) {

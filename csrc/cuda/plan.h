@@ -8,10 +8,12 @@
 
 #include "../params.h"
 #include "decode_params.h"
+#include "fp8_params.h"
 
 namespace fused_attention::cuda {
 
-// A tensor map that is to be written into a kernel's argument: boxes with 128-byte swizzle, what is outside reads as 0.
+// A tensor map that is to be written into a kernel's argument: boxes whose swizzle is as wide as their rows, 128, 64 or 32
+// bytes; what is outside reads as 0.
 struct MapPlan {
   int offset;  // in the argument
   const void* address;
@@ -44,14 +46,24 @@ struct Shares {
 };
 Shares additive_shares(const AttentionParams& p);
 
+// Of the kernels that multiply in float8: rows of a block, heads taken together there, and rows or keys that share a scale.
+struct Fp8Blocks {
+  int rows;
+  int64_t group;
+  int scale;
+};
+Fp8Blocks fp8_blocks(const AttentionParams& p);
+
 // Why the kernels cannot run a call; empty if they can.
 std::string refusal(const AttentionParams& p);
+std::string refusal(const Fp8Params& p);
 
 std::string refusal(const DecodeParams& p);
 std::string refusal(const AppendParams& p);
 
 // In order. `refusal` must be empty. Nothing to do gives no launches.
 std::vector<Launch> plan_forward(const AttentionParams& p);
+std::vector<Launch> plan_forward_fp8(const Fp8Params& p);
 std::vector<Launch> plan_backward(const AttentionParams& p);
 std::vector<Launch> plan_decode(const DecodeParams& p);
 std::vector<Launch> plan_append(const AppendParams& p);

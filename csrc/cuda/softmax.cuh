@@ -21,15 +21,19 @@ struct RowState {
 };
 
 // The row of a slot: s becomes p. Returns exp(t - t'), by which what has been summed so far shrinks.
-template <int MT, int NT>
-__device__ __forceinline__ float weigh_row(float (&s)[MT][NT][4], RowState<MT>& state, int mt, int half, float factor) {
+// SCALED: s times `unit` are the scores, and p becomes 2^raise p.
+template <bool SCALED = false, int MT, int NT>
+__device__ __forceinline__ float weigh_row(float (&s)[MT][NT][4], RowState<MT>& state, int mt, int half, float factor,
+                                           float unit = 1.0f, float raise = 0.0f) {
   float& top = state.top[2 * mt + half];
-  float here = top;
+  float here = SCALED ? -kInfinity : top;
 #pragma unroll
   for (int nt = 0; nt < NT; ++nt) here = fmaxf(here, fmaxf(s[mt][nt][2 * half], s[mt][nt][2 * half + 1]));
   here = quad_max(here);  // a NaN is no maximum, but makes p NaN
+  if constexpr (SCALED) here = fmaxf(top, here * unit);
   const float shift = here == -kInfinity ? 0.0f : here * factor;
   const float fade = here == top ? 1.0f : exp2_fast(fmaf(top, factor, -shift));
+  const float slope = SCALED ? unit * factor : factor, base = SCALED ? raise - shift : -shift;
   top = here;
   float sum = 0.0f;
 #pragma unroll
@@ -37,7 +41,7 @@ __device__ __forceinline__ float weigh_row(float (&s)[MT][NT][4], RowState<MT>& 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float& x = s[mt][nt][2 * half + i];
-      x = exp2_fast(fmaf(x, factor, -shift));
+      x = exp2_fast(fmaf(x, slope, base));
       sum += x;
     }
   float& total = state.total[2 * mt + half];

@@ -72,12 +72,24 @@ constexpr int hopper_dim(long long d, long long dv) {
   const int dim = tile_dim(d, dv);
   return dim == 0 ? 0 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
-// Tiles, mbarriers (full and empty of q, and of each stage of k and v), flags, strips.
+// The same with products of e4m3 (fp8_operands.cuh): weights take keys / 8 registers as they are multiplied, and q, k and v
+// half the shared memory. Keys divide kScaleBlock.
+constexpr HopperTile fp8_tile(int d, bool options) {
+  switch (d) {
+    case 64:   // 88 KiB, options 56; 32 + 64 + 16 registers
+    case 128:  // 176 KiB, options 112; 64 + 64 + 16 registers
+      return {128, options ? 64 : 128, 4, true};
+    default:  // 192 KiB, options 160; 128 + 32 + 8 registers; 128 keys would take 128 + 64 + 16
+      return options ? HopperTile{128, 32, 4, true} : HopperTile{128, 64, 3, true};
+  }
+}
+// Rows of q, or keys, that share a scale.
+constexpr int kScaleBlock = 128;
+// Tiles, mbarriers (full and empty of q, and of each stage of k and v), flags, strips. bytes: of a number of q, k and v.
 constexpr int kHopperBarrierBytes = 256;
 constexpr int kHopperFlags = 32;  // words: blocks that are to be taken again, one bit each
-constexpr int hopper_tiles(int d, bool options) {
-  const HopperTile t = hopper_tile(d, options);
-  return 2 * d * (t.rows * (t.own_out ? 2 : 1) + 2 * t.stages * t.keys);
+constexpr int hopper_tiles(int d, const HopperTile& t, int bytes) {
+  return bytes * d * (t.rows + 2 * t.stages * t.keys) + (t.own_out ? 2 * d * t.rows : 0);
 }
 
 // The backward kernels take their head dims in fewer steps, for the sake of compile time.
@@ -204,10 +216,12 @@ constexpr int forward_shared(int d, bool options, bool terms) {
   const int strips = terms ? t.warps * strip_floats(t.rows / t.warps, t.keys, false) * 4 : 0;
   return t.rows * d * 2 + 2 * t.stages * t.keys * d * 2 + kFlagBytes + strips;
 }
-constexpr int hopper_shared(int d, bool options, bool terms) {
-  const int strips = terms ? kHopperConsumers * strip_floats(16, hopper_tile(d, options).keys, false) * 4 : 0;
-  return hopper_tiles(d, options) + kHopperBarrierBytes + kHopperFlags * 4 + kFlagBytes + strips;
+constexpr int hopper_shared(int d, const HopperTile& t, int bytes, bool terms) {
+  const int strips = terms ? kHopperConsumers * strip_floats(16, t.keys, false) * 4 : 0;
+  return hopper_tiles(d, t, bytes) + kHopperBarrierBytes + kHopperFlags * 4 + kFlagBytes + strips;
 }
+constexpr int kQuantiseWarps = 8;
+constexpr int quantise_shared(int d) { return 2 * kScaleBlock * d + 4 * kQuantiseWarps; }
 constexpr int key_gradient_shared(int d, bool terms) {
   const Tile t = key_gradient_tile(d);
   const int strips = terms ? t.warps * strip_floats(t.rows, 16, true) * 4 : 0;

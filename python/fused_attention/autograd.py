@@ -120,11 +120,12 @@ def _attention_op(
     max_seqlen_k: int | None,
     block_rows: int | None,
     block_columns: int | None,
+    precision: str | None = None,  # graphs that were exported before it do not have it
 ) -> tuple[Tensor, Tensor, Tensor]:
     optional = (mask, bias, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, block_map)
     x = Inputs(query, key, value, *optional)
     options = (causal, window_left, window_right, softcap, scale, dropout_p, batch_invariant, weights)
-    sizes = (max_seqlen_q, max_seqlen_k, block_rows, block_columns)
+    sizes = (max_seqlen_q, max_seqlen_k, block_rows, block_columns, precision)
     spec = make_spec(x, Options(*options, *sizes))  # type: ignore[arg-type]
     out = BACKENDS[select(spec, Device.of(query)).backend].forward(spec, x)
     output = _laid_out_like(query, out.output)
@@ -185,12 +186,13 @@ def _backward_op(
     max_seqlen_k: int | None,
     block_rows: int | None,
     block_columns: int | None,
+    precision: str | None,
     needs: str,
 ) -> list[Tensor]:
     optional = (mask, bias, alibi_slopes, sinks, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, block_map)
     x = Inputs(query, key, value, *optional)
     options = (causal, window_left, window_right, softcap, scale, dropout_p, batch_invariant, weights)
-    sizes = (max_seqlen_q, max_seqlen_k, block_rows, block_columns)
+    sizes = (max_seqlen_q, max_seqlen_k, block_rows, block_columns, precision)
     names = needs.split(",")
     spec = make_spec(x, Options(*options, *sizes))  # type: ignore[arg-type]
     spec = replace(spec, gradients=frozenset(names))

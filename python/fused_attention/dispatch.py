@@ -33,7 +33,7 @@ class Backend(Protocol):
     def plan(self, spec: AttentionSpec, device: Device) -> str | None: ...
 
 
-# In order of preference; the reference is last and refuses nothing.
+# In order of preference; the reference is last and refuses nothing but a precision that it is not the definition of.
 BACKENDS: dict[str, Backend] = {
     "cpu": cast(Backend, cpu),
     "cuda": cast(Backend, cuda),
@@ -43,7 +43,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for by name cannot run this call; the message holds the reason."""
+    """The backend that was asked for by name cannot run this call, or none can; the message holds the reasons."""
 
 
 class FallbackWarning(UserWarning):
@@ -93,7 +93,7 @@ def choose(names: Iterable[str], ask: Callable[[str], str | None], warning: str,
     ask: a backend's reason why not, or None. warning: begins the `FallbackWarning` where `auto` falls to "reference".
 
     Raises:
-        BackendError: a backend was named with `strict=True` and does not support the call.
+        BackendError: a backend was named with `strict=True` and does not support the call, or no backend does.
     """
     choice = _first_able(names, ask)
     if choice.backend == "reference" and len(choice.reasons) > 1:
@@ -117,7 +117,8 @@ def _first_able(names: Iterable[str], ask: Callable[[str], str | None]) -> Choic
         if reasons[candidate] is None:
             break
     else:
-        raise BackendError(f"no backend runs this call: {reasons}")
+        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
+        raise BackendError(f"no backend runs this call ({why})")
     return Choice(candidate, reasons)
 
 
@@ -157,7 +158,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def _options(spec: AttentionSpec) -> list[str]:
     """What a call asks for beyond the plain formula, in words."""
-    found = [f"{n}={getattr(spec, n)}" for n in ("causal", "window", "softcap", "weights") if getattr(spec, n)]
+    found = [
+        f"{n}={getattr(spec, n)}" for n in ("causal", "window", "softcap", "weights", "precision") if getattr(spec, n)
+    ]
     found += [f"{n}={_name(getattr(spec, n))}" for n in ("mask", "bias") if getattr(spec, n)]
     if spec.block_map:
         found.append("block_map={}x{}".format(*spec.block_map))

@@ -20,6 +20,7 @@ from .spec import (
     Inputs,
     Options,
     Outputs,
+    Precision,
     WeightsMode,
     Window,
     as_offsets,
@@ -177,6 +178,7 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     batch_invariant: bool = False,
     return_lse: bool = False,
     return_weights: WeightsMode | None = None,
+    precision: Precision | None = None,
 ) -> Tensor | AttentionResult:
     """Exact softmax attention with O(M + N) memory.
 
@@ -209,6 +211,9 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         batch_invariant: rows are bit-equal whatever else is in the batch.
         return_lse: also return the log-sum-exp of the scores.
         return_weights: also return the attention weights, averaged over heads ("mean") or per head ("heads").
+        precision: None, products in the precision of the inputs; "fp8", in float8 e4m3: query, key and value, bfloat16
+            or float16, are rounded to 4 bits with a scale for each block of 128 rows of a head, the weights likewise.
+            Forward only, on sm_90. An infinity in query or key counts as NaN.
 
     Returns:
         The output [B, H, M, DV], or an `AttentionResult` if `return_lse` or `return_weights` is set.
@@ -216,7 +221,7 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     Raises:
         ArgumentError: (a ValueError) a shape, dtype, device or value is wrong; nothing was launched.
         TypeError: an argument has the wrong type.
-        BackendError: the backend named by `use_backend` does not support the call.
+        BackendError: the backend named by `use_backend` does not support the call, or none does (`precision`).
     """
     if varlen.any_nested(query, key, value):
         refused: dict[str, object] = {"mask": mask, "bias": bias, "key_lengths": key_lengths}
@@ -233,10 +238,11 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
             dropout_p=dropout_p,
             batch_invariant=batch_invariant,
             return_lse=return_lse,
+            precision=precision,
         )
     left, right = (None, None) if window is None else window_sides(window)
     x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths, block_map)
-    o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
+    o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights, precision=precision)
     out = _run(x, _with_blocks(o, block_size))
     if not return_lse and return_weights is None:
         return out.output
@@ -277,6 +283,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     batch_invariant: bool = False,
     return_lse: bool = False,
+    precision: Precision | None = None,
 ) -> Tensor | AttentionResult:
     """`attention` over packed sequences of different lengths, none of which sees another.
 
@@ -298,7 +305,7 @@ def varlen_attention(
     left, right = window_sides(window)
     x = _gather_packed(varlen.Packed(query, key, value, cu_seqlens_q, cu_seqlens_k), alibi_slopes, sinks)
     options = (causal, left, right, softcap, scale, dropout_p, batch_invariant, None)
-    out = _run(x, Options(*options, max_seqlen_q, max_seqlen_k))
+    out = _run(x, Options(*options, max_seqlen_q, max_seqlen_k, precision=precision))
     output = out.output.squeeze(0).transpose(0, 1)
     return AttentionResult(output, out.lse.squeeze(0), None) if return_lse else output
 
@@ -323,6 +330,7 @@ def explain(
     batch_invariant: bool = False,
     return_lse: bool = False,
     return_weights: WeightsMode | None = None,
+    precision: Precision | None = None,
     device: str | None = None,
 ) -> dispatch.Explanation:
     """Which backend would run this call of `attention`, and why each other one would not. Nothing is computed.
@@ -342,7 +350,7 @@ def explain(
         x = _gather_packed(varlen.from_nested(query, key, value, refused), alibi_slopes, sinks)
     else:
         x = gather((query, key, value, mask, bias, alibi_slopes, sinks), key_lengths, block_map)
-    o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights)
+    o = Options(causal, left, right, softcap, scale, dropout_p, batch_invariant, return_weights, precision=precision)
     spec = make_spec(x, _with_blocks(o, block_size))
     where = Device.of(x.query) if device is None else Device.parse(device)
     return dispatch.explain(spec, where, _notes(x, spec))
@@ -356,6 +364,8 @@ def _notes(x: Inputs, spec: AttentionSpec) -> list[str]:
             notes.append(f"{name} is copied: its last dimension has stride {t.stride(-1)}, not 1")
     if spec.gradients:
         notes.append("a second derivative runs through the reference's graph, O(M N) memory")
+    if spec.precision:
+        notes.append("query, key and value become float8 codes first, in memory of half their size")
     if spec.weights:
         shape = (spec.batch, spec.rows, spec.columns)
         full = shape if spec.weights == "mean" else (spec.batch, spec.heads, *shape[1:])

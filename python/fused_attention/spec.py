@@ -27,6 +27,7 @@ from .device import Device as Device
 
 Causal = Literal["top_left", "bottom_right"]
 WeightsMode = Literal["mean", "heads"]
+Precision = Literal["fp8"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -85,6 +86,7 @@ class Options(NamedTuple):
     max_seqlen_k: int | None = None
     block_rows: int | None = None  # BM, of a block map
     block_columns: int | None = None  # BN
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class AttentionSpec:
     block_map: tuple[int, int] | None = None  # rows and keys of a block
     gradients: frozenset[str] = field(default_factory=frozenset)
     transform: str | None = None  # "forward-mode AD", "torch.func": the call is traced by a transform of torch
+    precision: Precision | None = None  # of products; None: that of the inputs
 
     @property
     def group(self) -> int:
@@ -133,10 +136,17 @@ class AttentionSpec:
         return hash(tuple(self.__dict__.values()))
 
 
-def beyond(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...], head_dim: int) -> str | None:
-    """Why kernels for these dtypes and head dims up to `head_dim` cannot run `spec`; None if they may."""
+def only_full_precision(spec: AttentionSpec) -> str | None:
+    """Why a backend whose products are of the inputs as they are cannot run `spec`; None if it may."""
+    return f"products in the precision of the inputs, not in {spec.precision}" if spec.precision else None
+
+
+def beyond(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...], head_dim: int, precision: str = "") -> str | None:
+    """Why kernels for these dtypes, head dims up to `head_dim` and a precision cannot run `spec`; None if they may."""
     if spec.transform:
         return f"{spec.transform} needs operations that torch can trace"
+    if spec.precision not in (None, precision):
+        return only_full_precision(spec)
     if spec.dtype not in dtypes:
         *names, last, own = (str(t).removeprefix("torch.") for t in (*dtypes, spec.dtype))
         return f"{', '.join(names)} and {last}, not {own}"
@@ -289,9 +299,8 @@ def check_options(o: Options) -> None:
     if o == _DEFAULTS:
         return
     if o.causal is not None and o.causal not in ("top_left", "bottom_right"):
-        if isinstance(o.causal, str):
-            raise ArgumentError(f"causal: got {o.causal!r}, expected 'top_left', 'bottom_right' or None")
-        raise TypeError(f"causal: got {o.causal!r}, expected 'top_left', 'bottom_right' or None")
+        kind = ArgumentError if isinstance(o.causal, str) else TypeError
+        raise kind(f"causal: got {o.causal!r}, expected 'top_left', 'bottom_right' or None")
     for name, side in (("window[0] (left)", o.window_left), ("window[1] (right)", o.window_right)):
         if side is not None:
             if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
@@ -305,10 +314,12 @@ def check_options(o: Options) -> None:
         _need(math.isfinite(scale), "scale", scale, "a finite number or None")
     p = _number("dropout_p", o.dropout_p, "a probability in [0, 1]")
     _need(0.0 <= p <= 1.0, "dropout_p", p, "a probability in [0, 1]")
-    if o.weights not in (None, "mean", "heads"):
-        raise ArgumentError(f"return_weights: got {o.weights!r}, expected 'mean', 'heads' or None")
+    _need(o.weights in (None, "mean", "heads"), "return_weights", repr(o.weights), "'mean', 'heads' or None")
     if not isinstance(o.batch_invariant, bool):
         raise TypeError(f"batch_invariant: got {o.batch_invariant!r}, expected a bool")
+    if o.precision is not None and not isinstance(o.precision, str):
+        raise TypeError(f"precision: got {o.precision!r}, expected 'fp8' or None")
+    _need(o.precision in (None, "fp8"), "precision", repr(o.precision), "'fp8' or None")
 
 
 def _check_optional(x: Inputs, full: tuple[int, int, int, int]) -> None:
@@ -383,6 +394,7 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     options = (o.causal, window, softcap, float(o.dropout_p), o.batch_invariant, o.weights)
     mask, bias = (None if t is None else t.dtype for t in (x.mask, x.bias))
     present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None, block_map)
+    rest = (*present, gradients, transform_of(x))
     # Sizes may be symbols under torch.compile, which cannot be hashed.
     build = _spec if type(batch) is type(heads) is type(rows) is type(columns) is int else AttentionSpec
-    return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *present, gradients, transform_of(x))
+    return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *rest, o.precision)

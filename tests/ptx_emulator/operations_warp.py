@@ -147,6 +147,8 @@ def wgmma(w: Writer, i: Instruction, m: Modifiers) -> str:
     if len(targets.parts) * PER_REGISTER.get(d, 1) * 2 != n:
         raise EmulationError(f"{m.where}: the number of registers of D does not fit")
     numbers = [int(o.name) for o in rest] if d != "s32" else [1, 1]
+    if len(numbers) > 2 and PER_REGISTER.get(a) != 2:  # 9.7.15.5: others are K-major
+        raise EmulationError(f"{m.where}: only operands of 16 bits can be transposed")
     in_registers = a_operand.kind == "vector"  # it cannot be transposed then
     transposed = ([0] * in_registers + numbers[2:] + [0, 0])[:2]
     a_fields = [w.table(a_operand.parts), "0"] if in_registers else ["nullptr", w.get(a_operand, "b64")]

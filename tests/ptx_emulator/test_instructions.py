@@ -375,6 +375,10 @@ def test_packed_values() -> None:
         ("tcgen05.fence::before_thread_sync;", "unknown opcode tcgen05"),
         ("mov.u32 %d0, %nosuch;", "special register %nosuch"),
         ("mov.u32 %d0, nothing;", "'nothing' is not declared"),
+        (
+            "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%f0, %f1, %f2, %f3}, %l0, %l1, 1, 1, 1, 0, 1;",
+            "only operands of 16 bits can be transposed",
+        ),
         ("wgmma.mma_async.sync.aligned.m64n12k16.f32.bf16.bf16 {%f0}, %l0, %l1, 1, 1, 1, 0, 0;", "not modelled"),
     ],
 )

@@ -251,6 +251,8 @@ def wgmma_cases() -> Iterator[Any]:
     yield 32, "f16", "f16", 64, False, False, False
     yield 96, "tf32", "f32", 128, False, False, False
     yield 64, "e4m3", "f32", 128, False, False, False
+    for n, width in ((128, 128), (256, 64), (256, 32)):  # P V of a forward kernel, with tiles of as many keys as bytes
+        yield n, "e4m3", "f32", width, False, False, True
     yield 64, "e5m2", "f32", 32, False, False, True
 
 
@@ -318,6 +320,28 @@ def boxes() -> Iterator[Any]:
     yield (5, 12, 40), (40, 4, 2), (0, 10, 1), 0
     yield (3, 4, 9, 64), (64, 5, 2, 1), (0, 6, 1, 2), 128
     yield (2, 3, 2, 5, 16), (16, 2, 2, 2, 2), (0, 4, 1, -1, 1), 32
+
+
+@pytest.mark.parametrize("swizzle", [32, 64, 128])
+def test_tma_of_bytes(swizzle: int) -> None:
+    """Boxes as wide as their swizzle, past both sizes; what is outside reads as 0."""
+    x = torch.arange(1, 50 * 160 + 1).remainder(251).to(torch.uint8).reshape(50, 160)
+    body = f"""
+    mov.u32 %i5, tile; setp.eq.u32 %p0, %t, 0; mov.b32 %i0, {160 - swizzle // 2}; mov.b32 %i1, 30;
+    @%p0 mbarrier.init.shared.b64 [%i5+4096], 1;
+    @%p0 mbarrier.arrive.expect_tx.shared.b64 %l0, [%i5+4096], {32 * swizzle};
+    @%p0 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes
+        [%i5], [%v0, {{%i0, %i1}}], [%i5+4096];
+    bar.sync 0;
+    again: mbarrier.try_wait.parity.shared.b64 %p1, [%i5+4096], 0; @!%p1 bra again;
+    mad.lo.u32 %i6, %t, 4, %i5; ld.shared.b32 %d0, [%i6];
+    """
+    text = snippet(body, [], ["b32"], ["map"], shared=4096 + 16)
+    image = np.zeros(8 * swizzle, np.int32)
+    assert not load(text).launch("test", 1, 8 * swizzle, [image, TensorMap(x, (swizzle, 32), swizzle=swizzle)]).races
+    expected = np.zeros((32, swizzle), np.uint8)
+    expected[:20, : swizzle // 2] = x.numpy()[30:, 160 - swizzle // 2 :]
+    np.testing.assert_array_equal(image.view(np.uint8), exchanged(expected.ravel(), swizzle))
 
 
 @pytest.mark.parametrize(("shape", "box", "at", "swizzle"), list(boxes()))

@@ -78,12 +78,17 @@ def unsupported(spec: AttentionSpec) -> str | None:
         return "no attention weights"
     if spec.block_map is not None:
         return "no block maps"
-    return beyond(spec, DTYPES, MAX_HEAD_DIM)
+    if spec.precision and spec.gradients:
+        return f"no gradients with products in {spec.precision}"
+    return beyond(spec, DTYPES, MAX_HEAD_DIM, "fp8")
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:
     """None if these kernels run `spec` on `device`, otherwise the reason why not."""
-    return unavailable(device) or unsupported(spec)
+    reason = unavailable(device) or unsupported(spec)
+    if reason is None and spec.precision and _kernel_arch(device.arch or "") != 90:
+        return f"products in {spec.precision} by kernels for sm_90a (FUSED_ATTENTION_CUDA_ARCHS), not on {device.arch}"
+    return reason
 
 
 def plan(spec: AttentionSpec, device: Device) -> str | None:
@@ -107,7 +112,7 @@ def plan(spec: AttentionSpec, device: Device) -> str | None:
     args |= {n: (anywhere, DTYPE_CODES[t]) for n, t in tensors.items() if t is not None}
     if spec.packed:
         args |= {"cu_seqlens_q": anywhere, "total_rows": spec.rows, "total_keys": spec.columns}
-    launches = _C.cuda_plan_forward(args)
+    launches = _C.cuda_plan_forward_fp8(args) if spec.precision else _C.cuda_plan_forward(args)
     if spec.gradients:
         launches += _C.cuda_plan_backward(args | {"mask_shares": 1, "bias_shares": 1})
     return ", ".join(kernel for kernel, *_ in launches)
@@ -152,15 +157,36 @@ def _blocks(call: Call) -> Any:
     return _C.cuda_blocks(call.args)
 
 
+def _put_codes(call: Call, spec: AttentionSpec, x: Inputs, block: int) -> None:
+    """Memory for float8 codes of query, key and value, and for the scales of their blocks of rows (fp8_params.h)."""
+    device, batch = x.query.device, x.query.shape[0]
+
+    def blocks(length: int) -> int:  # of one element of the batch
+        return length // block + spec.batch if spec.packed else -(-length // block)
+
+    for name, t in (("q", x.query), ("k", x.key), ("v", x.value)):
+        heads, rows, dims = t.shape[1:]
+        shape = (dims, blocks(rows) * block) if name == "v" else (rows, -(-dims // 16) * 16)
+        codes = torch.empty(batch, heads, *shape, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(batch, heads, blocks(rows), dtype=torch.float32, device=device)
+        call.put(f"{name}_codes", codes, spec.packed)
+        call.put(f"{name}_scales", scales, spec.packed)
+
+
 def forward(spec: AttentionSpec, x: Inputs) -> Outputs:
     """Run the forward kernel."""
+    assert _C is not None
     call = _call(spec, x)
     out = put_outputs(call, spec, x)
-    if spec.packed:
+    if spec.precision:
+        size, heads, block = _C.cuda_fp8_blocks(call.args)
+        _put_codes(call, spec, x, block)
+    elif spec.packed:
         size, heads, _, _ = _blocks(call)
+    if spec.packed:
         order, rows, _ = _put_schedule(call, x)
         _put_ends(call, "row_ends", rows * heads, order, size)
-    run("forward", call, x.query)
+    run("forward_fp8" if spec.precision else "forward", call, x.query)
     return out
 
 

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from .. import philox
 from ..layout import memory_order
-from ..spec import AttentionSpec, Device, Inputs, Outputs
+from ..spec import AttentionSpec, Device, Inputs, Outputs, only_full_precision
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
-    """The reference refuses nothing."""
-    return None
+    """The reference refuses nothing but products of less precision than the inputs have."""
+    return only_full_precision(spec)
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:
-    """On no device."""
-    return None
+    """The same on every device."""
+    return unsupported(spec)
 
 
 def plan(spec: AttentionSpec, device: Device) -> str | None:
