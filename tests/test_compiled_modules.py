@@ -41,6 +41,9 @@ MODULES: dict[str, Callable[[], Block]] = {
     "MultiheadAttention": lambda: Block(fa.MultiheadAttention(E, H, batch_first=True)),
     "MultiHeadAttention": lambda: Block(fa.MultiHeadAttention(E, H)),
     "SelfAttention": lambda: Block(fa.SelfAttention(E, E)),
+    "GroupedQueryAttention": lambda: Block(
+        fa.GroupedQueryAttention(E, H, 2, causal="top_left", rope=fa.RotaryEmbedding(E // H), qk_norm_eps=1e-6)
+    ),
 }
 
 
@@ -77,9 +80,10 @@ def test_exported_once_for_every_length(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_aot_inductor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["MultiheadAttention", "GroupedQueryAttention"])
+def test_aot_inductor(name: str, tmp_path: Path) -> None:
     """A package that is compiled ahead of time calls the same kernels, for every length."""
-    block = make("MultiheadAttention").eval()
+    block = make(name).eval()
     sizes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=512)},)
     with torch.no_grad():
         program = torch.export.export(block, (torch.randn(2, 9, E),), dynamic_shapes=sizes)
@@ -95,7 +99,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
 def test_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
     """With dropout, which is drawn again as it was."""
     block = make(name)
-    if isinstance(block.attention, nn.MultiheadAttention):
+    if hasattr(block.attention, "dropout"):
         block.attention.dropout = 0.5
     found = []
     for run in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):

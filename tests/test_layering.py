@@ -24,7 +24,7 @@ ORDER = [
     ["models"],
     ["integrations", "parity"],
     ["nn"],
-    ["sdpa", "decode", "scores"],
+    ["sdpa", "decode", "scores", "context_parallel"],
     ["functional", "ops"],
     ["autograd"],
     ["dispatch"],

@@ -191,6 +191,7 @@ FA_INLINE void gradient_whole_row(T* s, T* dp, const T* slope, const T* keep, co
 
 // Whether all keys that a row sees lie in the tile.
 FA_INLINE bool row_is_whole(const Problem& x, int64_t row, int64_t key, int64_t keys) {
+  if (x.p->part_of_keys) return false;
   const Range r = visible(x, row);
   return r.lo >= key && r.hi <= key + keys;
 }

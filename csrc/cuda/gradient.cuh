@@ -20,6 +20,7 @@ __device__ __forceinline__ float usable_lse(float lse) { return lse == -kInfinit
 
 // How many keys from the first on the rows see together: kFewKeys or less have their softmax taken anew.
 __device__ __forceinline__ bool few_keys(const AttentionParams& p) {
+  if (p.part_of_keys) return false;
   if (p.N <= kFewKeys) return true;
   return right_side(p) < kFar && p.causal != Causal::bottom_right && p.M + right_side(p) <= kFewKeys;
 }

@@ -1,6 +1,13 @@
 """Exact fused softmax attention for PyTorch, with one meaning on every machine."""
 
 from .cache import KVCache, PagedKVCache
+from .context_parallel import (
+    ring_attention,
+    sequence_positions,
+    shard_sequence,
+    ulysses_attention,
+    unshard_sequence,
+)
 from .decode import decode_attention
 from .dispatch import BackendError, Explanation, FallbackWarning, use_backend
 from .functional import AttentionResult, attention, explain, varlen_attention
@@ -50,9 +57,14 @@ __all__ = [
     "pack_padded",
     "replace_attention",
     "restore_attention",
+    "ring_attention",
     "rope_qk_norm",
     "scaled_dot_product_attention",
+    "sequence_positions",
+    "shard_sequence",
+    "ulysses_attention",
     "unpack_padded",
+    "unshard_sequence",
     "use_backend",
     "varlen_attention",
 ]

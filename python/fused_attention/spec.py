@@ -116,6 +116,7 @@ class AttentionSpec:
     key_lengths: bool = False
     block_map: tuple[int, int] | None = None  # rows and keys of a block
     gradients: frozenset[str] = field(default_factory=frozenset)
+    part_of_keys: bool = False  # backward: output and lse are of rows that see more keys than these
     transform: str | None = None  # "forward-mode AD", "torch.func": the call is traced by a transform of torch
     precision: Precision | None = None  # of products; None: that of the inputs
 
@@ -394,7 +395,7 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     options = (o.causal, window, softcap, float(o.dropout_p), o.batch_invariant, o.weights)
     mask, bias = (None if t is None else t.dtype for t in (x.mask, x.bias))
     present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None, block_map)
-    rest = (*present, gradients, transform_of(x))
+    rest = (*present, gradients, False, transform_of(x))
     # Sizes may be symbols under torch.compile, which cannot be hashed.
     build = _spec if type(batch) is type(heads) is type(rows) is type(columns) is int else AttentionSpec
     return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *rest, o.precision)

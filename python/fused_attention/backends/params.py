@@ -100,6 +100,8 @@ def _described(spec: AttentionSpec) -> dict[str, Any]:
         args["softcap"] = spec.softcap
     if spec.batch_invariant:
         args["batch_invariant"] = True
+    if spec.part_of_keys:
+        args["part_of_keys"] = True
     if spec.dropout_p > 0.0:
         args["dropout_p"] = spec.dropout_p
     if spec.block_map is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -187,10 +188,30 @@ def backward(
     spec: AttentionSpec, x: Inputs, out: Outputs, grads: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> dict[str, Tensor]:
     """Gradients of the inputs named in `spec.gradients`, by differentiating the definition."""
+    if spec.part_of_keys:
+        grads = _of_the_part(spec, x, out, grads)
     # Inside a torch.library op autograd's dispatch keys are excluded, and enable_grad alone records nothing.
     recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with recording, torch.enable_grad():
         return _vjp(spec, x, grads, create_graph=False)
+
+
+def _of_the_part(
+    spec: AttentionSpec, x: Inputs, out: Outputs, grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that come in for the output and lse of these keys alone, from those for the whole, which is `out`.
+
+    output = sum_i w_i output_i, w_i = exp(lse_i - lse):  dlse_i = w_i (dout . output_i - dout . output + dlse).
+    """
+    dout, dlse, _ = grads
+    with torch.no_grad():
+        own = forward(replace(spec, gradients=frozenset()), x)
+        weight = torch.where(own.lse == float("-inf"), 0.0, torch.exp(own.lse - out.lse))
+        through = torch.zeros_like(out.lse) if dlse is None else dlse
+        if dout is not None:
+            through = through + (dout.to(spec.lse_dtype) * (own.output.to(spec.lse_dtype) - out.output)).sum(-1)
+            dout = (dout * weight[..., None]).to(dout.dtype)
+        return dout, through * weight, None
 
 
 def _vjp(

@@ -208,7 +208,7 @@ class GroupedQueryAttention(nn.Module):
             }
             self._check_cached(cache, refused)
             attended = self._decode(*self._project(x, context), cache, positions)
-            return self.o_proj(attended.transpose(1, 2).flatten(-2))
+            return self._output(attended)
         mask, bias = _with_padding(key_padding_mask, mask, bias, x if context is None else context)
         which = _weights_mode(need_weights)
         query, key, value = self._project(x, context)
@@ -220,7 +220,7 @@ class GroupedQueryAttention(nn.Module):
             mask=mask,
             bias=bias,
             alibi_slopes=self._slopes(query),
-            sinks=self.sinks,
+            sinks=self._local(self.sinks),
             key_lengths=key_lengths,
             causal=self.causal,
             window=self.window,
@@ -230,7 +230,7 @@ class GroupedQueryAttention(nn.Module):
             return_weights=which,
         )
         attended = result.output if isinstance(result, AttentionResult) else result
-        output = self.o_proj(attended.transpose(1, 2).flatten(-2))  # a view: it lies in memory as [B, S, H, D]
+        output = self._output(attended)
         if not isinstance(result, AttentionResult):
             return output
         assert result.weights is not None
@@ -247,6 +247,13 @@ class GroupedQueryAttention(nn.Module):
         key, value = self.kv_proj(context).unflatten(-1, (2 * shared, self.head_dim)).transpose(1, 2).split(shared, 1)
         return query, key, value
 
+    def _output(self, attended: Tensor) -> Tensor:
+        return self.o_proj(attended.transpose(1, 2).flatten(-2))  # a view: it lies in memory as [B, S, H, D]
+
+    def _local(self, parameter: Any) -> Any:
+        """A parameter of the heads that this process has: `parallel.py` spreads them over several."""
+        return parameter
+
     def _turn(
         self, query: Tensor, key: Tensor, positions: Tensor | None, length: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -259,7 +266,7 @@ class GroupedQueryAttention(nn.Module):
                 return query, key
             normed: dict[str, Any] = {}
         else:
-            weights = {"query_weight": self.q_norm.weight, "key_weight": self.k_norm.weight}
+            weights = {"query_weight": self._local(self.q_norm.weight), "key_weight": self._local(self.k_norm.weight)}
             normed = {**weights, "eps": self.q_norm.eps}
         interleaved = self.rope is not None and self.rope.interleaved
         turned = rope_qk_norm(query, key, cos, sin, positions=rows, interleaved=interleaved, **normed)
@@ -288,7 +295,7 @@ class GroupedQueryAttention(nn.Module):
             value,
             rope=tables,
             alibi_slopes=self._slopes(query),
-            sinks=self.sinks,
+            sinks=self._local(self.sinks),
             window=self.window,
             softcap=self.softcap,
             scale=self.scale,

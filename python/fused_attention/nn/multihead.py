@@ -185,7 +185,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attended, weights = self._attend(q, k, v, mask, bias, causal, need_weights, average)
         back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         attended = attended.permute(back).flatten(-2)  # [N, L, E] or [L, N, E], still a view
-        return F.linear(attended, self.out_proj.weight, self.out_proj.bias), weights
+        return self._output(attended), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """The projections as views [..., H, d] of as few GEMM results as the inputs allow."""
@@ -209,6 +209,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             projected += y.unbind(-3)
         return projected
 
+    def _output(self, attended: Tensor) -> Tensor:
+        return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
+
+    def _local(self, parameter: Any) -> Any:
+        """A parameter of the heads that this process has: `parallel.py` spreads them over several."""
+        return parameter
+
     def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the learned key and value of `add_bias_kv` and the zeros of `add_zero_attn`: [N, H, S + extra, d]."""
         if (self.bias_k is None) != (self.bias_v is None):
@@ -216,13 +223,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.bias_k is None and not self.add_zero_attn:
             return k, v
         extended = []
-        for t, row in ((k, self.bias_k), (v, self.bias_v)):
+        for t, row in ((k, self._local(self.bias_k)), (v, self._local(self.bias_v))):
             rows = [t]
             if row is not None:
-                shape = (1, self.num_heads, 1, self.head_dim)
+                shape = (1, t.shape[1], 1, self.head_dim)
                 rows.append(row.to(t.dtype).view(shape).expand(t.shape[0], -1, -1, -1))
             if self.add_zero_attn:
-                rows.append(t.new_zeros(t.shape[0], self.num_heads, 1, self.head_dim))
+                rows.append(t.new_zeros(*t.shape[:2], 1, self.head_dim))
             extended.append(torch.cat(rows, 2))
         return extended[0], extended[1]
 
@@ -282,15 +289,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout = self.dropout if self.training else 0.0
             attended = varlen_attention(q, k, v, packed[0].offsets, packed[1].offsets, dropout_p=dropout)
             assert isinstance(attended, Tensor)
-            output = F.linear(attended.flatten(-2), self.out_proj.weight, self.out_proj.bias)
-            return packed[0].wrap(output), None
+            return packed[0].wrap(self._output(attended.flatten(-2))), None
         padded = _map_shared(lambda p: p.padded(), *packed)
         q, k, v = (t.transpose(1, 2) for t in self._project(*padded))  # [N, H, L or S, d]
         rows, keys = packed[0].valid(), packed[1].valid()
         mask = rows[:, None, :, None] & keys[:, None, None, :]
         attended, weights = self._attend(q, k, v, mask, None, None, True, average)
         attended = attended.transpose(1, 2).flatten(-2)[rows]
-        return packed[0].wrap(F.linear(attended, self.out_proj.weight, self.out_proj.bias)), weights
+        return packed[0].wrap(self._output(attended)), weights
 
     def _check_shapes(
         self,

@@ -122,7 +122,7 @@ def _compile(s: _Pass, c: configs.Config) -> dict[str, int]:
 
 def _options(s: _Pass, c: configs.Config) -> dict[str, Any]:
     return {
-        "WHOLE": _reach(s.spec) <= c.BLOCK_N,
+        "WHOLE": not s.spec.part_of_keys and _reach(s.spec) <= c.BLOCK_N,
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
         "BLOCK_D": configs.padded(s.spec.head_dim),
