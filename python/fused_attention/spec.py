@@ -59,7 +59,6 @@ class Inputs(NamedTuple):
         return a is b is c is d is e is f is g is h is i is None
 
 
-_NOTHING: frozenset[str] = frozenset()
 DIFFERENTIABLE = ("query", "key", "value", "mask", "bias", "alibi_slopes", "sinks")
 
 
@@ -385,9 +384,9 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     block_map = None
     if x.block_map is not None or o.block_rows is not None or o.block_columns is not None:
         block_map = _check_block_map(x, o, (batch, heads, rows, columns), packed)
-    gradients = _NOTHING
-    if torch.is_grad_enabled():
-        gradients = frozenset(n for n, t in zip(Inputs._fields, x, strict=True) if t is not None and t.requires_grad)
+    named = zip(Inputs._fields, x, strict=True) if torch.is_grad_enabled() else ()
+    gradients = frozenset(n for n, t in named if t is not None and t.requires_grad)
+    rest = (gradients, False, transform_of(x), o.precision)
     window = None if o.window_left is o.window_right is None else (o.window_left, o.window_right)
     scale = head_dim**-0.5 if o.scale is None else float(o.scale)
     softcap = None if o.softcap is None else float(o.softcap)
@@ -395,7 +394,6 @@ def make_spec(x: Inputs, o: Options) -> AttentionSpec:
     options = (o.causal, window, softcap, float(o.dropout_p), o.batch_invariant, o.weights)
     mask, bias = (None if t is None else t.dtype for t in (x.mask, x.bias))
     present = (x.alibi_slopes is not None, x.sinks is not None, x.key_lengths is not None, block_map)
-    rest = (*present, gradients, False, transform_of(x))
     # Sizes may be symbols under torch.compile, which cannot be hashed.
     build = _spec if type(batch) is type(heads) is type(rows) is type(columns) is int else AttentionSpec
-    return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *rest, o.precision)
+    return build(*sizes, x.query.dtype, scale, *options, packed, mask, bias, *present, *rest)
