@@ -63,7 +63,6 @@ static const Field kFields[] = {
     FIELD(threads, int32),
     FIELD(out, tensor),
     FIELD(lse, tensor),
-    FIELD(stats, tensor),
     FIELD(weights, tensor),
     FIELD(dout, tensor),
     FIELD(dlse, tensor),
@@ -359,7 +358,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Attention on a CPU. Each function takes a dict with the fields of AttentionParams (csrc/params.h).";
   m.def("attention_forward", &call<&Kernels::forward>, py::arg("args"));
   m.def("attention_backward", &call<&Kernels::backward>, py::arg("args"));
-  m.def("attention_weights", &call<&Kernels::weights>, py::arg("args"));
 #ifdef FA_HAVE_CUDA
   define_cuda<AttentionParams, cuda::plan_forward>(m, "forward");
   define_cuda<cuda::Fp8Params, cuda::plan_forward_fp8>(m, "forward_fp8");

@@ -53,12 +53,9 @@ struct AttentionParams {
   int32_t threads = 1;
 
   // Outputs of the forward pass, inputs of the backward pass.
-  Tensor out;  // [B, H, M, DV]
-  Tensor lse;  // [B, H, M]     f32 (f64 where q is f64); natural log; -inf where no key is seen
-  // Workspace between the forward and the weights pass, may be absent: the largest score of a row and 1 / (the sum of
-  // exp(score - largest)), (0, 0) where no key is seen. Weights from lse alone would carry its rounding.
-  Tensor stats;    // [B, H, M, 2]  dtype of lse
-  Tensor weights;  // heads: [B, H, M, N]; mean: [B, (stride 0), M, N]; dtype of q, unit stride in N
+  Tensor out;      // [B, H, M, DV]
+  Tensor lse;      // [B, H, M]     f32 (f64 where q is f64); natural log; -inf where no key is seen
+  Tensor weights;  // heads: [B, H, M, N]; mean: [B, (stride 0), M, N]; dtype of q, dense; may be absent
 
   // Backward pass: gradients that come in ...
   Tensor dout;      // [B, H, M, DV]

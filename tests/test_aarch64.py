@@ -40,9 +40,8 @@ SHAPES = {
     **dict.fromkeys(("mask", "bias", "dmask", "dbias", "weights", "dweights"), "BHMN"),
     **dict.fromkeys(("sinks", "dsinks"), "H"),
     "alibi": "BH",
-    "stats": "BHMT",
 }
-WRITTEN = ("out", "lse", "stats", "weights", "dq", "dk", "dv", "dmask", "dbias", "dsinks", "delta")
+WRITTEN = ("out", "lse", "weights", "dq", "dk", "dv", "dmask", "dbias", "dsinks", "delta")
 VECTORS = {"key_lengths": 0, "cu_seqlens_q": 1, "cu_seqlens_k": 1}  # B elements, and so many more
 WIDTHS = {code: dtype.itemsize for dtype, code in params.DTYPE_CODES.items()}
 
@@ -119,9 +118,6 @@ class Elsewhere:
 
     def attention_backward(self, args: dict[str, Any]) -> None:
         self._run("backward", args)
-
-    def attention_weights(self, args: dict[str, Any]) -> None:
-        self._run("weights", args)
 
 
 @pytest.fixture

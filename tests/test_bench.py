@@ -12,9 +12,11 @@ import torch
 pytest.importorskip("rich", reason="rich is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from rich.console import Console  # noqa: E402
+
 from fused_attention import cli  # noqa: E402
-from fused_attention.bench import contest, peers, shapes, timing  # noqa: E402
-from fused_attention.bench.shapes import AttentionShape, ModuleShape  # noqa: E402
+from fused_attention.bench import busy, contest, growth, peers, shapes, timing  # noqa: E402
+from fused_attention.bench.shapes import AttentionShape, CacheShape, ModuleShape  # noqa: E402
 
 pytestmark = pytest.mark.fast
 
@@ -76,6 +78,56 @@ def test_modules_compute_the_same(weights: bool, backward: bool) -> None:
     made.check()
 
 
+def test_caches_compute_the_same() -> None:
+    shape = CacheShape("cache", "g", 2, 8, 2, 40, 16)
+    made = contest.make_contest(shape, ["torch", "flex"], CPU)
+    assert list(made.runs) == ["ours", "torch", "int8", "fp8"] and made.refused == {"flex": "no cache"}
+    made.check()
+    exact, *others = (made.runs[name]() for name in made.runs)
+    assert isinstance(exact, torch.Tensor)
+    for found in others:  # codes of 8 bits round by more, but they are the same keys
+        assert isinstance(found, torch.Tensor)
+        torch.testing.assert_close(found, exact, atol=0.1, rtol=0.1)
+    assert shape.bytes == 2 * 2 * 2 * 40 * 16 * 2 and shape.flops == 4 * 2 * 8 * 40 * 16
+
+
+def test_growth_is_relative_to_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (64, 128)
+    made = [
+        replace(SMALL, name=str(n), kv_heads=4, rows=n, columns=n, backward=b) for b in (False, True) for n in lengths
+    ]
+    seconds = iter([1.0, 1.0, 6.0, 5.0, 2.0, 2.0, 4.0, 4.0])
+    extra = iter([100, 300, 500, 1000])
+    monkeypatch.setattr(growth, "_seconds", lambda run, rounds: next(seconds))
+    monkeypatch.setattr(growth, "_extra_memory", lambda run: next(extra))
+    before = torch.get_num_threads()
+    rows = growth.measure([replace(s, group=str(s.backward)) for s in made], 0.0)
+    assert torch.get_num_threads() == before
+    assert [r["time over S^2"] for r in rows] == [1.0, 1.25, 1.0, 0.5]
+    assert [r["memory over S"] for r in rows] == [1.0, 1.5, 1.0, 1.0]
+
+
+def test_extra_memory_is_seen() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the system does not tell a process its memory")
+    found = growth._extra_memory(lambda: torch.ones(2**23))
+    assert found is not None and 0.9 * 2**25 < found < 2**26
+
+
+def test_a_busy_process_runs_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with busy.burner() as child:
+        assert child.poll() is None
+    assert child.poll() is not None
+    times = {n: {"median": t} for n, t in (("ours", 1.0), ("torch", 2.0))}
+    rows = [
+        {"name": "calm", "times": times, "busy": {"ours": {"median": 2.0}, "torch": {"median": 8.0}}},
+        {"name": "late", "times": times, "busy": {"ours": {"median": 3.0}}},
+    ]
+    assert busy.slowed(rows[0]) == {"ours": 2.0, "torch": 4.0}
+    busy.print_table(rows, Console(width=160))
+    assert "ours above 2.2 times its quiet time: late" in capsys.readouterr().out
+
+
 def test_contestants_take_turns() -> None:
     order: list[str] = []
     found = timing.take_turns({n: lambda n=n: order.append(n) for n in "abc"}, 0.0, CPU)  # type: ignore[misc]
@@ -113,6 +165,14 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     page = files["html"].read_text()
     assert "data:image/png;base64," in page and "http" not in page and "longer" in page
     assert files["svg"].read_text().lstrip().startswith("<?xml")
+    assert cli.main(["bench", "--seconds", "0", "--only", "causal", "--busy", *options[:2]]) == 0
+    assert "beside a busy process" in capsys.readouterr().out
+    (row,) = json.loads(files["json"].read_text())["results"]
+    assert row["busy"]["ours"]["median"] > 0 and row["busy"].keys() == {"ours", "torch"}
+    monkeypatch.setitem(shapes.SUITES, "growth", (KINDS[0], replace(KINDS[0], name="twice", rows=66, columns=80)))
+    assert cli.main(["bench", "--suite", "growth", "--seconds", "0", *options[:2]]) == 0
+    assert "time / S^2" in capsys.readouterr().out
+    assert [r["name"] for r in json.loads(files["json"].read_text())["results"]] == ["full", "twice"]
     assert cli.main(["bench", "--list", "--only", "long"]) == 0
     assert capsys.readouterr().out.split() == ["longer"]
     assert cli.main(["bench", "--only", "no such shape"]) == 1

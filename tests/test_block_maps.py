@@ -90,6 +90,23 @@ def test_hidden_blocks_may_hold_anything(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("size", [(1, 16), (10, 48), (64, 64), (100, 128), (32, 176)], ids=str)
+@pytest.mark.parametrize("mode", ["mean", "heads"])
+def test_weights_of_hidden_blocks_are_zero(size: tuple[int, int], mode: Any) -> None:
+    """Exactly, whatever the keys hold that no row sees; and the others are those of the same mask."""
+    shown = blocks(*size)
+    shown[..., 0] = False
+    q, k, v = qkv(grad=False)
+    expected = fa.attention(q, k, v, mask=elements(shown, *size), return_weights=mode)
+    k[:, :, : size[1]] = float("nan")
+    found = fa.attention(q, k, v, block_map=shown, block_size=size, return_weights=mode)
+    assert found.weights is not None and expected.weights is not None
+    seen = elements(shown, *size)
+    assert not found.weights[~(seen.any(1) if mode == "mean" else seen)].any()
+    torch.testing.assert_close(found.weights, expected.weights, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(found.output, expected.output, atol=2e-5, rtol=2e-5)
+
+
 def test_any_number_of_threads_and_any_batch_gives_the_same_bits() -> None:
     shown = blocks(64, 48)
     before = torch.get_num_threads()

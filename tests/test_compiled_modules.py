@@ -130,15 +130,15 @@ def _operands(count: int, **options: Any) -> list[Tensor]:
     ]
 
 
-_OPTIONS = ("top_left", None, None, None, None, 0.0, False, None, None, None)
+_OPTIONS = ("top_left", None, None, None, None, 0.0, False, None, None, None, None, None, None)
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "attention": lambda: (*_operands(3, grad=True), *(None,) * 8, *_OPTIONS),
+    "attention": lambda: (*_operands(3, grad=True), *(None,) * 9, *_OPTIONS),
     "attention_backward": lambda: (
         *_operands(1),
         *(None,) * 2,
         *fa.attention(*_operands(3), causal="top_left", return_lse=True)[:2],
         *_operands(3),
-        *(None,) * 8,
+        *(None,) * 9,
         *_OPTIONS,
         "query,key,value",
     ),

@@ -24,7 +24,7 @@ ORDER = [
     ["models"],
     ["integrations", "parity"],
     ["nn"],
-    ["sdpa", "decode", "scores", "context_parallel"],
+    ["sdpa", "decode", "scores", "joint", "context_parallel"],
     ["functional", "ops"],
     ["autograd"],
     ["dispatch"],

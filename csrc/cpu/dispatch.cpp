@@ -7,6 +7,7 @@
   #include <cpuid.h>
 #endif
 #if defined(__linux__)
+  #include <sys/mman.h>
   #include <sys/syscall.h>
   #include <unistd.h>
 #endif
@@ -148,6 +149,18 @@ void watch_forks() {
 
 void* allocate(size_t bytes) { return ::operator new(std::max<size_t>(bytes, 1), std::align_val_t(64), std::nothrow); }
 void release(void* memory) { ::operator delete(memory, std::align_val_t(64), std::nothrow); }
+
+void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = (begin + bytes) / kPage * kPage;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  // Advice: where it is not taken, nothing is lost.
+  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 bool run_tasks(int64_t tasks, int threads, double work, size_t scratch_bytes, Task run, const void* plan) {
   if (tasks <= 0) return true;

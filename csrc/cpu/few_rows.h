@@ -301,7 +301,7 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
 [[maybe_unused]] static bool few_rows_wanted(const AttentionParams& p) {
   if (p.cached) return p.M > 0 && p.N > 0 && p.B * p.H > 0;
   return p.M > 0 && p.M <= kLaneRows && p.N > 0 && p.B * p.H > 0 && !p.cu_seqlens_q && !has_dropout(p) &&
-         !p.stats.data && !p.block_map.data;
+         !p.block_map.data;
 }
 
 [[maybe_unused]] static bool few_rows(const AttentionParams& p) {

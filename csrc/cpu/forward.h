@@ -4,7 +4,9 @@
 //                           l = a l + rowsum P;   O = a O + dropout(P) V
 // at the end:               out = O / (l + exp(sink - m)),   lse = m + log(l + exp(sink - m))
 //
-// A scratch holds q [BM, ldq], kt [D, lds], v [BN, ldo], s [BM, lds], o [BM, ldo] in the compute type.
+// A scratch holds q [BM, ldq], kt [D, lds], v [BN, ldo], s [BS, lds], o [BM, ldo] in the compute type. The BM rows share
+// the packed K and V; of the scores there are BS rows at a time, which stay in L1 from one product to the other. Where
+// the weights are wanted (weights.h), there is an s [BM, lds] and an m for every block of keys.
 #pragma once
 #include "pack.h"
 #include "scores.h"
@@ -15,27 +17,29 @@ FA_BEGIN
 template <class T>
 struct Forward {
   AttentionParams p;
-  int bm, bn;
+  int bm, bs, bn;
   int step;        // rows from one block to the next, at most bm
   int64_t blocks;  // of rows
+  int64_t kept;    // blocks of keys whose s stays; 0: none, they take turns
   int64_t ldq, lds, ldo;
 };
 
 template <class T>
 struct ForwardScratch {
-  T *q, *kt, *v, *s, *o, *strip, *m, *l, *alpha, *keep;
+  T *q, *kt, *v, *s, *o, *strip, *m, *l, *alpha, *keep, *tops;
   RowBuffers<T> row;
   ForwardScratch(const Forward<T>& f, Arena& a) {
     q = a.template take<T>(f.bm * f.ldq);
     kt = a.template take<T>(f.p.D * f.lds);
     v = a.template take<T>(f.bn * f.ldo);
-    s = a.template take<T>(f.bm * f.lds);
+    s = a.template take<T>((f.kept ? f.kept * f.bm : f.bs) * f.lds);
     o = a.template take<T>(f.bm * f.ldo);
     strip = a.template take<T>(VL<T> * f.ldq);
     m = a.template take<T>(f.bm);
     l = a.template take<T>(f.bm);
     alpha = a.template take<T>(f.bm);
     keep = a.template take<T>(kMaxKeys + 16);
+    tops = a.template take<T>(f.kept * f.bm);
     row.mask = a.template take<T>(kMaxKeys + 16);
     row.bias = a.template take<T>(kMaxKeys + 16);
   }
@@ -78,53 +82,103 @@ template <class T>
 }
 
 // out and lse of finished rows, from their largest scores (times unit), sums and weighted sums o [rows, ldo].
+// stats (may be null): [rows, 2], the shift of a row's exponentials and 1 / their sum; (0, 0) where no key is seen.
 template <class T>
 [[maybe_unused]] static void write_rows(const Problem& x, int64_t row, int rows, T* outputs, int64_t ldo, const T* top,
-                                        const T* sums, double unit = 1.0) {
+                                        const T* sums, double unit = 1.0, T* stats = nullptr) {
   const AttentionParams& p = *x.p;
   const T keep = has_dropout(p) ? dropout_keep<T>(p) : T(1);
   const double sink = p.sinks.data ? static_cast<double>(*element<T>(p.sinks, x.h, 0, 0)) : -kInf<double>;
   for (int i = 0; i < rows; ++i) {
     const double m = static_cast<double>(top[i]) * unit, l = static_cast<double>(sums[i]);
     const bool dead = m == -kInf<double> && l == 0.0;
-    T divisor = 1, stats[2] = {0, 0};
+    T divisor = 1, shift = 0, inverse = 0;
     double lse = -kInf<double>;
     if (!dead) {
       const double high = sink > m ? sink : m, shrink = high == m ? 1.0 : __builtin_exp(m - high);
       const double total = l * shrink + (p.sinks.data ? __builtin_exp(sink - high) : 0.0);
       divisor = static_cast<T>(total / shrink);
       lse = high + __builtin_log(total);
-      stats[0] = static_cast<T>(high), stats[1] = static_cast<T>(1.0 / total);
+      shift = static_cast<T>(high), inverse = static_cast<T>(1.0 / total);
     }
     T* o = outputs + i * ldo;
     if (dead)  // what a hidden Inf may have left there
       for (int64_t j = 0; j < p.DV; ++j) o[j] = 0;
     for (int64_t j = 0; j < ldo; ++j) o[j] /= divisor;
     store_row(address(p.out, x.batch, x.h, x.row0 + row + i), p.out.dtype, o, keep, p.DV);
-    if (p.stats.data)
-      for (int j = 0; j < 2; ++j) *reinterpret_cast<T*>(address(p.stats, x.batch, x.h, x.row0 + row + i, j)) = stats[j];
+    if (stats) stats[2 * i] = shift, stats[2 * i + 1] = inverse;
     if (p.lse.data) *element<T>(p.lse, x.batch, x.h, x.row0 + row + i) = static_cast<T>(lse);
   }
 }
 
 template <class T>
-[[maybe_unused]] static void forward_tile(const Problem& x, const Forward<T>& f, const Tile& t,
-                                          const ForwardScratch<T>& w) {
+[[maybe_unused]] static void pack_tile(const Problem& x, const Forward<T>& f, int64_t key, int keys,
+                                       const ForwardScratch<T>& w) {
   const AttentionParams& p = f.p;
-  const int64_t key = x.key0 + t.key;
-  pack_transposed(w.kt, f.lds, row_address(p.k, x, x.hk, key), p.k.dtype, p.k.stride[2], t.keys, p.D, w.strip);
-  pack_rows(w.v, f.ldo, row_address(p.v, x, x.hk, key), p.v.dtype, p.v.stride[2], t.keys, p.DV);
-  score_products<T>(p.M, p.N, t.rows, t.keys, static_cast<int>(p.D), w.q, f.ldq, w.kt, f.lds, w.s, f.lds, t.panels());
-  finish_scores<T>(x, t, w.s, f.lds, nullptr, w.row);
-  online_softmax<T>(t, w.s, f.lds, w.m, w.l, w.alpha);
-  if (has_dropout(p)) drop_tile<T>(x, t, w.s, f.lds, w.keep);
+  const char *k = row_address(p.k, x, x.hk, x.key0 + key), *v = row_address(p.v, x, x.hk, x.key0 + key);
+  pack_transposed(w.kt, f.lds, k, p.k.dtype, p.k.stride[2], keys, p.D, w.strip);
+  pack_rows(w.v, f.ldo, v, p.v.dtype, p.v.stride[2], keys, p.DV);
+}
+
+// What is known of the packed values: whether they are finite is looked up once, where it matters.
+struct PackedTile {
+  bool done = false, checked = false, finite = false;
+};
+
+// Rows at, at + 1 ... of the block, whose scores go to s, on the packed keys.
+template <class T>
+[[maybe_unused]] static void forward_tile(const Problem& x, const Forward<T>& f, const Tile& t, int at,
+                                          const ForwardScratch<T>& w, T* s, PackedTile& packed) {
+  const AttentionParams& p = f.p;
+  T *o = w.o + at * f.ldo, *alpha = w.alpha + at;
+  score_products<T>(p.M, p.N, t.rows, t.keys, static_cast<int>(p.D), w.q + at * f.ldq, f.ldq, w.kt, f.lds, s, f.lds,
+                    t.panels());
+  finish_scores<T>(x, t, s, f.lds, nullptr, w.row);
+  online_softmax<T>(t, s, f.lds, w.m + at, w.l + at, alpha);
+  if (has_dropout(p)) drop_tile<T>(x, t, s, f.lds, w.keep);
   const int width = static_cast<int>(round_up(p.DV, NR<T>));
-  if (may_hide(x, t) && !all_finite(w.v, f.ldo, t.keys, width))
-    gemm_skip_zeros<T, false, Into::scale_add>(t.rows, width, t.keys, w.s, f.lds, w.v, f.ldo, w.o, f.ldo, w.alpha,
+  if (may_hide(x, t) && !packed.checked) packed.finite = all_finite(w.v, f.ldo, t.keys, width), packed.checked = true;
+  if (may_hide(x, t) && !packed.finite)
+    gemm_skip_zeros<T, false, Into::scale_add>(t.rows, width, t.keys, s, f.lds, w.v, f.ldo, o, f.ldo, alpha,
                                                t.panels());
   else
-    gemm<T, false, Into::scale_add>(t.rows, width, t.keys, w.s, f.lds, w.v, f.ldo, w.o, f.ldo, w.alpha, nullptr,
-                                    t.panels());
+    gemm<T, false, Into::scale_add>(t.rows, width, t.keys, s, f.lds, w.v, f.ldo, o, f.ldo, alpha, nullptr, t.panels());
+}
+
+// How many keys the tile at `key` takes. Tiles that stay lie alike for all heads, whatever their block maps hide.
+template <class T>
+FA_INLINE int tile_keys(const Problem& x, const Forward<T>& f, int64_t row, int rows, int64_t key, int64_t end) {
+  const int64_t keys = f.kept ? cut_keys(f.p, key, f.bn) : cut_keys(x, row, rows, key, f.bn);
+  return static_cast<int>(min_of(keys, end - key));
+}
+
+// m, l and O of a block of rows, from keys r; with `kept`, the scores of all its tiles and the m after each stay too.
+template <class T>
+[[maybe_unused]] static void forward_rows(const Problem& x, const Forward<T>& f, int64_t row, int rows, Range r,
+                                          const ForwardScratch<T>& w) {
+  pack_queries(w.q, f.ldq, x, row, rows);
+  for (int i = 0; i < f.bm; ++i) w.m[i] = -kInf<T>, w.l[i] = w.alpha[i] = 0;
+  __builtin_memset(w.o, 0, sizeof(T) * static_cast<size_t>(f.bm * f.ldo));
+  Tile t;
+  int keys;
+  int64_t tile = 0;
+  for (int64_t key = r.lo; key < r.hi; key += keys, ++tile) {
+    keys = tile_keys<T>(x, f, row, rows, key, r.hi);
+    PackedTile packed;
+    for (int at = 0; at < rows; at += f.bs) {
+      if (!make_tile(x, row + at, min_of(f.bs, rows - at), key, keys, t)) continue;
+      if (!packed.done) pack_tile<T>(x, f, key, keys, w);
+      packed.done = true;
+      forward_tile<T>(x, f, t, at, w, f.kept ? w.s + (tile * f.bm + at) * f.lds : w.s, packed);
+    }
+    if (f.kept) __builtin_memcpy(w.tops + tile * f.bm, w.m, sizeof(T) * static_cast<size_t>(rows));
+  }
+}
+
+// The keys that a block of rows sees, from where their tiles start.
+FA_INLINE Range tiled_range(const Problem& x, int64_t row, int rows) {
+  const Range r = visible(x, row, rows);
+  return {r.lo / 16 * 16, r.hi};
 }
 
 template <class T>
@@ -139,35 +193,36 @@ template <class T>
   const int rows = static_cast<int>(min_of<int64_t>(f.step, x.rows - row));
   Arena arena{reinterpret_cast<uintptr_t>(scratch)};
   const ForwardScratch<T> w(f, arena);
-
-  pack_queries(w.q, f.ldq, x, row, rows);
-  for (int i = 0; i < f.bm; ++i) w.m[i] = -kInf<T>, w.l[i] = w.alpha[i] = 0;
-  __builtin_memset(w.o, 0, sizeof(T) * static_cast<size_t>(f.bm * f.ldo));
-  const Range r = visible(x, row, rows);
-  Tile t;
-  int keys;
-  for (int64_t key = r.lo / 16 * 16; key < r.hi; key += keys) {
-    keys = static_cast<int>(cut_keys(x, row, rows, key, min_of<int64_t>(f.bn, r.hi - key)));
-    if (make_tile(x, row, rows, key, keys, t)) forward_tile<T>(x, f, t, w);
-  }
+  forward_rows<T>(x, f, row, rows, tiled_range(x, row, rows), w);
   write_rows<T>(x, row, rows, w.o, f.ldo, w.m, w.l);
 }
 
 template <class T>
-[[maybe_unused]] static bool forward(const AttentionParams& p) {
+static Forward<T> make_forward(const AttentionParams& p, int most_rows) {
   Forward<T> f{};
   f.p = p;
-  const Blocks most = forward_blocks<T>(p.D, p.DV);
-  f.step = cut_rows(p, most.m);
+  f.step = cut_rows(p, most_rows);
   f.bm = static_cast<int>(round_up(f.step, MR));
-  f.bn = static_cast<int>(min_of<int64_t>(most.n, max_of<int64_t>(round_up(p.N, NR<T>), NR<T>)));
+  f.bs = even_rows(f.bm, score_rows<T>(p.D, p.DV));
+  f.bn =
+      static_cast<int>(min_of<int64_t>(forward_blocks<T>(p.D, p.DV).n, max_of<int64_t>(round_up(p.N, NR<T>), NR<T>)));
   f.blocks = ceil_div(p.M, f.step);
   f.ldq = padded<T>(p.D), f.lds = padded<T>(f.bn), f.ldo = padded<T>(p.DV);
+  return f;
+}
+
+FA_INLINE double forward_work(const AttentionParams& p) {
+  return static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
+         static_cast<double>(p.D + p.DV);
+}
+
+template <class T>
+[[maybe_unused]] static bool forward(const AttentionParams& p) {
+  const int64_t heads = (p.batch_invariant ? 1 : p.B) * p.H;
+  const Forward<T> f = make_forward<T>(p, shared_rows(p.M, heads, forward_blocks<T>(p.D, p.DV).m));
   Arena count{0};
   ForwardScratch<T> layout(f, count);
-  const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
-                      static_cast<double>(p.D + p.DV);
-  return run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, forward_task<T>, &f);
+  return run_tasks(p.B * p.H * f.blocks, p.threads, forward_work(p), count.used, forward_task<T>, &f);
 }
 
 FA_END

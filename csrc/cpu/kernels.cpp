@@ -64,6 +64,7 @@ static bool backward(const AttentionParams& params) {
 }
 
 static bool run_forward(const AttentionParams& p) {
+  if (p.weights.data) return p.q.dtype == DType::f64 ? weights<double>(p) : weights<float>(p);
   if (p.q.dtype == DType::f64) return forward<double>(p);
 #if defined(FA_AMX)
   if (amx_wanted(p)) return amx_forward(p);
@@ -72,9 +73,6 @@ static bool run_forward(const AttentionParams& p) {
 }
 static bool run_backward(const AttentionParams& p) {
   return p.q.dtype == DType::f64 ? backward<double>(p) : backward<float>(p);
-}
-static bool run_weights(const AttentionParams& p) {
-  return p.q.dtype == DType::f64 ? weights<double>(p) : weights<float>(p);
 }
 
 FA_END
@@ -86,5 +84,5 @@ FA_END
 
 namespace fused_attention {
 extern const Kernels FA_NAME(FA_ISA);
-const Kernels FA_NAME(FA_ISA) = {FA_STRING(FA_ISA), FA_ISA::run_forward, FA_ISA::run_backward, FA_ISA::run_weights};
+const Kernels FA_NAME(FA_ISA) = {FA_STRING(FA_ISA), FA_ISA::run_forward, FA_ISA::run_backward};
 }  // namespace fused_attention

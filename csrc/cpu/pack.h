@@ -63,24 +63,28 @@ FA_INLINE void transpose_square(const T* src, int64_t lds, T* dst, int64_t ldd) 
 }
 
 // dst [columns, ld] = the transpose of rows of a tensor; beyond rows it is 0 up to a multiple of NR.
-// strip: [VL, padded columns].
+// strip: [VL, padded columns], for rows that need converting or filling up.
 template <class T>
 [[maybe_unused]] static void pack_transposed(T* dst, int64_t ld, const char* src, DType type, int64_t stride, int rows,
                                              int64_t columns, T* strip) {
   constexpr int W = VL<T>;
   const int64_t step = stride * size_of(type), lds = padded<T>(columns);
+  const bool ready = type == (sizeof(T) == sizeof(float) ? DType::f32 : DType::f64);
   for (int r = 0; r < static_cast<int>(round_up(rows, NR<T>)); r += W) {
-    for (int i = 0; i < W; ++i) {
+    const bool direct = ready && r + W <= rows;
+    for (int i = 0; i < W && !direct; ++i) {
       T* row = strip + i * lds;
       if (r + i < rows)
         load_row(row, src + (r + i) * step, type, columns);
       else
         for (int64_t j = 0; j < columns; ++j) row[j] = 0;
     }
+    const T* from = direct ? reinterpret_cast<const T*>(src + r * step) : strip;
+    const int64_t ldf = direct ? stride : lds;
     int64_t c = 0;
-    for (; c + W <= columns; c += W) transpose_square<T>(strip + c, lds, dst + c * ld + r, ld);
+    for (; c + W <= columns; c += W) transpose_square<T>(from + c, ldf, dst + c * ld + r, ld);
     for (; c < columns; ++c)
-      for (int i = 0; i < W; ++i) dst[c * ld + r + i] = strip[i * lds + c];
+      for (int i = 0; i < W; ++i) dst[c * ld + r + i] = from[i * ldf + c];
   }
 }
 

@@ -1,5 +1,5 @@
-// A tile of probabilities again, from q, k and lse, and the gradient of its scores: what the weights pass, delta,
-// dQ / dK / dV and the gradients of mask and bias share.
+// A tile of probabilities again, from q, k and lse, and the gradient of its scores: what delta, dQ / dK / dV and the
+// gradients of mask and bias share.
 //
 //   P  = exp(S - lse),  T = dropout factors
 //   dP = (dO V^T + dW) * T
@@ -86,8 +86,7 @@ FA_INLINE Span whole_vectors(Span s, int vector) {
   return {s.lo / vector * vector, static_cast<int>(round_up(s.hi, vector))};
 }
 
-// s = P on the tile from the products s, from the row's stats where the forward pass left them, else from lse: defined
-// on the span of each row's panel, rounded out to whole vectors.
+// s = P on the tile from the products s and lse: defined on the span of each row's panel, rounded out to whole vectors.
 template <class T>
 [[maybe_unused]] static void finish_probabilities(const Problem& x, const Plan<T>& f, const Tile& t,
                                                   const Scratch<T>& w) {
@@ -95,14 +94,7 @@ template <class T>
   for (int i = 0; i < t.rows; ++i) {
     const Span v = whole_vectors(panel_span(t, i), VL<T>);
     const int64_t at = x.row0 + t.row + i;
-    T* s = w.s + i * f.lds;
-    if (f.p.stats.data) {
-      const T* stats = reinterpret_cast<const T*>(address(f.p.stats, x.batch, x.h, at));
-      probabilities_row<T>(s, v.lo, v.hi, stats[0]);
-      for (int j = v.lo; j < v.hi; ++j) s[j] *= stats[1];
-    } else {
-      probabilities_row<T>(s, v.lo, v.hi, *element<T>(f.p.lse, x.batch, x.h, at));
-    }
+    probabilities_row<T>(w.s + i * f.lds, v.lo, v.hi, *element<T>(f.p.lse, x.batch, x.h, at));
   }
 }
 

@@ -10,17 +10,42 @@ struct Blocks {
 
 constexpr int kMaxRows = 96, kMaxKeys = 128;
 
-// Forward: a thread holds Q, K^T, V, S and O; the aim is 512 KB of L2 with room to spare. In fp32:
-//   D  64: 96 rows (whole panels for MR 4, 6, 8, 12) and 128 keys take 0.2 MB; K is packed once per 96 rows, 3% of the work
-//   D 128: the same take 0.35 MB
+// Rows of a forward block whose scores are taken at once. D 64: 24 by 128 in fp32 are 14 KB, which stay in L1 between the
+// two products, and 24 are whole panels for MR 4, 6, 8, 12. Wider heads: all, because K and V, which come from L2 once for
+// every such share of the rows, are then the larger part.
+template <class T>
+FA_INLINE int score_rows(int64_t d, int64_t dv) {
+  return max_of(d, dv) * static_cast<int64_t>(sizeof(T)) <= 256 ? 24 : kMaxRows;
+}
+
+// Forward: the rows of a block share the packed K and V. A thread holds Q, K^T, V, O and a few rows of S; the aim is
+// 512 KB of L2 with room to spare. In fp32:
+//   D  64: 192 rows and 128 keys take 0.2 MB; packing is 2% of the work
+//   D 128: 96 x 128 take 0.3 MB; 192 rows were not faster
 //   D 256: 48 x 64 take 0.3 MB
 //   D 512: 48 x 32 take 0.35 MB; 32 keys are one vector pair of AVX-512
 template <class T>
 FA_INLINE Blocks forward_blocks(int64_t d, int64_t dv) {
   const int64_t bytes = max_of(d, dv) * static_cast<int64_t>(sizeof(T));
+  if (bytes <= 256) return {192, 128};
   if (bytes <= 512) return {96, 128};
   if (bytes <= 1024) return {48, 64};
   return {48, 32};
+}
+
+// Blocks that share less where there would be fewer than 32 tasks, which keep any desktop busy.
+FA_INLINE int shared_rows(int64_t rows, int64_t heads, int most) {
+  return most > 96 && heads * ceil_div(rows, most) < 32 ? 96 : most;
+}
+
+// Rows of a forward block that keeps `held` numbers per score (weights.h): those of any forward block. The numbers then go
+// through L3 where there are many keys, which costs less than packing K and V for blocks of fewer rows. The limit is for
+// memory: 8 MB a thread up to 43000 keys, and 24 rows beyond.
+template <class T>
+FA_INLINE int weights_rows(int64_t keys, int held, int most) {
+  int rows = most;
+  while (rows > 24 && rows * keys * held * static_cast<int64_t>(sizeof(T)) > 8 << 20) rows /= 2;
+  return rows;
 }
 
 // Backward: K, K^T, V^T, dK, dV of a key block, Q and dO of a row block, and two score tiles. Keys are rows of

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import reference
+from .backends import cpu, reference
 from .dispatch import BACKENDS, select
-from .layout import output_like
+from .layout import merge_heads, output_like, split_heads, split_joint
 from .spec import DIFFERENTIABLE, ArgumentError, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
 
 # --- eager ----------------------------------------------------------------------------------------------------
@@ -71,6 +71,42 @@ def run(spec: AttentionSpec, backend: str, x: Inputs) -> Outputs:
     if backend == "reference" or not spec.gradients:
         return BACKENDS[backend].forward(spec, x)
     return Outputs(*_Attention.apply(spec, backend, *x))
+
+
+class _Joint(torch.autograd.Function):
+    """Attention of the parts of one projection, whose gradient is written as one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: AttentionSpec, batch_first: bool, qkv: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, lse, weights = cpu.forward_joint(spec, qkv, batch_first, True)
+        ctx.spec, ctx.batch_first = spec, batch_first
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(qkv, output, lse)
+        return output, weights
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None) -> Any:
+        spec, batch_first = ctx.spec, ctx.batch_first
+        qkv, output, lse = ctx.saved_tensors
+        if dout is None and dweights is None:
+            return None, None, None
+        if not torch.is_grad_enabled():
+            return None, None, cpu.backward_joint(spec, qkv, batch_first, (output, lse), (dout, dweights))
+        # To be differentiated again: by tensors of their own, as any other call.
+        out, dout = (None if t is None else split_heads(t, spec.heads, batch_first) for t in (output, dout))
+        tensors = (*split_joint(qkv, spec.heads, batch_first), *(None,) * (_N_INPUTS - 3))
+        needs = ["query", "key", "value"]
+        found = _Backward.apply(spec, "cpu", needs, dout, None, dweights, out, lse, *tensors)
+        return None, None, torch.stack([merge_heads(t, batch_first) for t in found], -2).flatten(-2)
+
+
+def run_joint(spec: AttentionSpec, qkv: Tensor, batch_first: bool) -> tuple[Tensor, Tensor | None]:
+    """Run one eager call on the parts of a projection: the output, laid out like it, and the weights."""
+    if spec.gradients:
+        found: tuple[Tensor, Tensor | None] = _Joint.apply(spec, batch_first, qkv)
+        return found
+    output, _, weights = cpu.forward_joint(spec, qkv, batch_first, False)
+    return output, weights
 
 
 # --- eager and traced -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, cuda, reference, triton
-from .spec import ArgumentError, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
+from .spec import ArgumentError, AttentionSpec, Causal, Device, Inputs, Options, Outputs, WeightsMode, make_spec
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -150,6 +150,28 @@ def select_plain(
     spec = make_spec(x, options)
     where = Device.at(device)
     return spec, _first_able(BACKENDS, lambda name: BACKENDS[name].supports(spec, where)).backend
+
+
+@functools.lru_cache(maxsize=4096)
+def select_joint(
+    shape: torch.Size,
+    heads: int,
+    batch_first: bool,
+    dtype: torch.dtype,
+    gradient: bool,
+    causal: Causal | None,
+    weights: WeightsMode | None,
+    request: tuple[str, bool],
+) -> AttentionSpec | None:
+    """As `select_plain`, for query, key and value in one projection [B, S, 3 H D] or [S, B, 3 H D] on the CPU.
+
+    None where the backend that runs the call is not `cpu`, which alone reads them there by itself.
+    """
+    batch, length = (shape[0], shape[1]) if batch_first else (shape[1], shape[0])
+    size = torch.Size((batch, heads, length, shape[2] // (3 * heads)))
+    options = Options(causal, weights=weights)
+    spec, backend = select_plain((size,) * 3, dtype, torch.device("cpu"), (gradient,) * 3, options, request)
+    return spec if backend == "cpu" else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -369,5 +369,5 @@ def _notes(x: Inputs, spec: AttentionSpec) -> list[str]:
     if spec.weights:
         shape = (spec.batch, spec.rows, spec.columns)
         full = shape if spec.weights == "mean" else (spec.batch, spec.heads, *shape[1:])
-        notes.append(f"the weights asked for are a tensor of {list(full)}, filled in a second pass")
+        notes.append(f"the weights asked for are a tensor of {list(full)}, O(M N) memory")
     return notes

@@ -51,3 +51,19 @@ def output_like(query: Tensor, batch: int, value_dim: int) -> Tensor:
 def rows_contiguous(t: Tensor) -> Tensor:
     """Kernels read rows of unit stride; a tensor laid out otherwise is copied."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def split_heads(t: Tensor, heads: int, batch_first: bool) -> Tensor:
+    """[B, S, H D], or [S, B, H D] without `batch_first`, as a view [B, H, S, D]."""
+    return t.unflatten(-1, (heads, -1)).permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3))
+
+
+def merge_heads(t: Tensor, batch_first: bool) -> Tensor:
+    """The other way round; a view where `t` lies in memory as what is returned."""
+    return t.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(-2)
+
+
+def split_joint(qkv: Tensor, heads: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as views [B, H, S, D] of one projection [B, S, 3 H D] or [S, B, 3 H D]."""
+    q, k, v = (split_heads(t, heads, batch_first) for t in qkv.unflatten(-1, (3, -1)).unbind(-2))
+    return q, k, v

@@ -1,6 +1,6 @@
 // Runs one call of the CPU kernels from a file, so that a build for another processor can be tested in an emulator.
 //
-//   driver forward|backward|weights request blob
+//   driver forward|backward request blob
 //
 // The request has a line per field of AttentionParams: "i name value", "f name value", "a name offset", and
 // "t name dtype stride0 ... stride3 offset". Offsets, of what addresses point to, count bytes from the start of the blob,
@@ -30,9 +30,9 @@ const std::map<std::string, double AttentionParams::*> kReals{MEMBER(scale), MEM
 const std::map<std::string, const int64_t* AttentionParams::*> kAddresses{MEMBER(key_lengths), MEMBER(cu_seqlens_q),
                                                                           MEMBER(cu_seqlens_k)};
 const std::map<std::string, Tensor AttentionParams::*> kTensors{
-    MEMBER(q),   MEMBER(k),   MEMBER(v),     MEMBER(mask),  MEMBER(bias),  MEMBER(alibi),    MEMBER(sinks),
-    MEMBER(out), MEMBER(lse), MEMBER(stats), MEMBER(dout),  MEMBER(dlse),  MEMBER(dweights), MEMBER(weights),
-    MEMBER(dq),  MEMBER(dk),  MEMBER(dv),    MEMBER(dmask), MEMBER(dbias), MEMBER(dsinks),   MEMBER(delta)};
+    MEMBER(q),   MEMBER(k),   MEMBER(v),     MEMBER(mask),  MEMBER(bias),     MEMBER(alibi),   MEMBER(sinks),
+    MEMBER(out), MEMBER(lse), MEMBER(dout),  MEMBER(dlse),  MEMBER(dweights), MEMBER(weights), MEMBER(dq),
+    MEMBER(dk),  MEMBER(dv),  MEMBER(dmask), MEMBER(dbias), MEMBER(dsinks),   MEMBER(delta)};
 #undef MEMBER
 
 [[noreturn]] void fail(const std::string& why) {
@@ -87,7 +87,7 @@ AttentionParams read_request(const char* path, char* blob) {
 
 int main(int argc, char** argv) {
   if (argc == 2) return std::puts(kernels().isa) < 0;
-  if (argc != 4) fail("driver forward|backward|weights request blob");
+  if (argc != 4) fail("driver forward|backward request blob");
   const int blob = open(argv[3], O_RDWR);
   struct stat about;
   if (blob < 0 || fstat(blob, &about)) fail("cannot open the blob");
@@ -96,7 +96,7 @@ int main(int argc, char** argv) {
   const AttentionParams p = read_request(argv[2], static_cast<char*>(at));
   const std::string which = argv[1];
   const Kernels& k = kernels();
-  const auto function = which == "forward" ? k.forward : which == "backward" ? k.backward : k.weights;
+  const auto function = which == "forward" ? k.forward : k.backward;
   if (!function(p)) fail("out of memory");
   return 0;
 }

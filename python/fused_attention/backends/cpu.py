@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import FLOAT_DTYPES, AttentionSpec, Device, Inputs, Outputs, beyond, uneven_blocks
-from .params import _C, Call, Gradients, call_of, import_error, put_incoming, put_input_gradients, put_outputs
+from .params import _C, Call, Gradients, call_of, describe, import_error, put_incoming, put_input_gradients, put_outputs
 
 _import_error = import_error
 
@@ -51,24 +51,23 @@ def _call(spec: AttentionSpec, x: Inputs) -> Call:
     return call
 
 
+def _new_weights(call: Call, spec: AttentionSpec, like: Tensor) -> Tensor | None:
+    """A new tensor for the attention weights, if they are asked for."""
+    if spec.weights is None:
+        return None
+    heads = () if spec.weights == "mean" else (spec.heads,)
+    weights = like.new_empty(spec.batch, *heads, spec.rows, spec.columns)
+    call.put_weights(spec, "weights", weights)
+    return weights
+
+
 def forward(spec: AttentionSpec, x: Inputs) -> Outputs:
-    """Run the forward kernel, then the weights kernel where weights are asked for."""
+    """Run the forward kernel, which writes the weights too where they are asked for."""
     assert _C is not None
     call = _call(spec, x)
-    query = x.query
-    out = put_outputs(call, spec, x)
-    if spec.weights is not None:
-        stats = query.new_empty(*query.shape[:3], 2, dtype=spec.lse_dtype)
-        call.put("stats", stats, spec.packed)
+    out = put_outputs(call, spec, x)._replace(weights=_new_weights(call, spec, x.query))
     _C.attention_forward(call.args)
-    if spec.weights is None:
-        return out
-    heads = () if spec.weights == "mean" else (spec.heads,)
-    weights = query.new_empty(spec.batch, *heads, spec.rows, spec.columns)
-    del call.args["out"]
-    call.put_weights(spec, "weights", weights)
-    _C.attention_weights(call.args)
-    return out._replace(weights=weights)
+    return out
 
 
 def backward(spec: AttentionSpec, x: Inputs, out: Outputs, grads: Gradients) -> dict[str, Tensor]:
@@ -86,3 +85,49 @@ def backward(spec: AttentionSpec, x: Inputs, out: Outputs, grads: Gradients) -> 
         call.put("dsinks", found["sinks"])
     _C.attention_backward(call.args)
     return {n: g.to(getattr(x, n).dtype) for n, g in found.items()}
+
+
+# --- query, key and value from one projection: dense [B, S, 3 H D], or [S, B, 3 H D] without `batch_first` ---------
+
+
+def _joint_call(spec: AttentionSpec, qkv: Tensor, batch_first: bool) -> Call:
+    call = Call(describe(spec))
+    call.args["threads"] = torch.get_num_threads()
+    call.put_joint(("q", "k", "v"), qkv, spec, batch_first)
+    return call
+
+
+def forward_joint(spec: AttentionSpec, qkv: Tensor, batch_first: bool, keep_lse: bool) -> tuple[Tensor, ...]:
+    """`forward` without a view of its own for each tensor: the output [B, S, H D] or [S, B, H D], lse, weights."""
+    assert _C is not None
+    call = _joint_call(spec, qkv, batch_first)
+    outer, inner, width = qkv.shape
+    output = qkv.new_empty((outer, inner, width // 3))
+    call.put_joint(("out",), output, spec, batch_first)
+    lse = qkv.new_empty(spec.batch, spec.heads, spec.rows, dtype=spec.lse_dtype) if keep_lse else None
+    if lse is not None:
+        call.put("lse", lse)
+    weights = _new_weights(call, spec, qkv)
+    _C.attention_forward(call.args)
+    return output, lse, weights  # type: ignore[return-value]
+
+
+def backward_joint(
+    spec: AttentionSpec, qkv: Tensor, batch_first: bool, out: tuple[Tensor, Tensor], grads: tuple[Tensor | None, ...]
+) -> Tensor:
+    """`backward` of `forward_joint` from its output and lse: the gradient of the projection, laid out like it."""
+    assert _C is not None
+    call = _joint_call(spec, qkv, batch_first)
+    output, lse = out
+    dout, dweights = grads
+    call.put_joint(("out",), output, spec, batch_first)
+    call.put("lse", lse)
+    call.put("delta", torch.empty_like(lse))
+    if dout is not None:
+        call.put_joint(("dout",), dout.contiguous(), spec, batch_first)
+    if dweights is not None:
+        call.put_weights(spec, "dweights", dweights)
+    found = torch.empty_like(qkv)
+    call.put_joint(("dq", "dk", "dv"), found, spec, batch_first)
+    _C.attention_backward(call.args)
+    return found

@@ -66,6 +66,16 @@ class Call:
         self.args["weights_mode"] = WEIGHTS_CODES[spec.weights]
         self.tensors.append(t)
 
+    def put_joint(self, names: tuple[str, ...], t: Tensor, spec: AttentionSpec, batch_first: bool) -> None:
+        """The equal parts of the last dimension of a dense [B, S, n H D] (or [S, B, n H D]), as [B, H, S, D] each."""
+        _, inner, width = t.shape
+        code, step = DTYPE_CODES[t.dtype], width // len(names)
+        batch, row = (inner * width, width) if batch_first else (width, inner * width)
+        address, step_bytes = t.data_ptr(), step * t.itemsize
+        for i, name in enumerate(names):
+            self.args[name] = (address + i * step_bytes, code, batch, step // spec.heads, row, 1)
+        self.tensors.append(t)
+
     def put_address(self, name: str, t: Tensor) -> None:
         """A contiguous vector of integers."""
         t = t.contiguous()

@@ -155,10 +155,28 @@ def forward(spec: AttentionSpec, x: Inputs, compute_dtype: torch.dtype | None = 
     with torch.autocast(device, enabled=False) if castable else contextlib.nullcontext():
         if spec.packed:
             out = _attend_packed(spec, x, acc)
+        elif spec.batch_invariant and spec.batch > 1:
+            out = _attend_alone(spec, x, acc)
         else:
             out = _attend(spec, x, torch.arange(spec.batch, device=x.query.device), acc)
     order, back = memory_order(x.query)
     return out._replace(output=out.output.permute(order).contiguous().permute(back))
+
+
+_OF_A_BATCH = ("query", "key", "value", "mask", "bias", "alibi_slopes", "key_lengths", "block_map")
+
+
+def _attend_alone(spec: AttentionSpec, x: Inputs, acc: torch.dtype) -> Outputs:
+    """Each sequence of the batch by itself: how a product of many matrices sums depends on how many there are, and on
+    where each of them lies in memory.
+    """
+    alone, parts = replace(spec, batch=1), []
+    for b in range(spec.batch):
+        own = {name: getattr(x, name) for name in _OF_A_BATCH}
+        rows = {n: t[b : b + 1].clone() for n, t in own.items() if t is not None and t.shape[0] == spec.batch}
+        parts.append(_attend(alone, x._replace(**rows), torch.full((1,), b, device=x.query.device), acc))
+    output, lse, weights = zip(*parts, strict=True)
+    return Outputs(torch.cat(output), torch.cat(lse), None if spec.weights is None else torch.cat(weights))
 
 
 def sequences(x: Inputs) -> Iterator[Inputs]:

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .shapes import SUITES, Shape
+from .shapes import SUITES, AttentionShape, Shape
 
 PEER_NAMES = ("torch", "flash", "cudnn", "efficient", "flex", "openvino", "flash_attn")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="run every shape in this dtype")
     p.add_argument("--device", help="default: cuda for the suites gpu and train, else cpu")
     p.add_argument("--seconds", type=float, default=1.0, help="time per shape")
+    p.add_argument("--busy", action="store_true", help="time again beside a process that keeps one core busy")
     p.add_argument("--list", action="store_true", help="print the shapes and leave")
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput against length: .png or .svg")
@@ -42,6 +43,7 @@ def _time_all(
 ) -> list[dict[str, Any]]:
     from rich.progress import Progress
 
+    from .busy import burner
     from .contest import make_contest
     from .report import make_row
     from .timing import matrix_rate, memory_rate, take_turns
@@ -55,16 +57,24 @@ def _time_all(
             contest = make_contest(shape, args.peers, device)
             contest.check()
             times = take_turns(contest.runs, args.seconds, device)
+            busy = {}
+            if args.busy:
+                with burner():
+                    busy = take_turns(contest.runs, args.seconds, device)
             # Once per shape, the best counts: other programs come and go.
             for key, rate in ((shape.dtype, matrix_rate(shape.dtype, device)), ("memory", memory_rate(device))):
                 best[key] = max(rate, best.get(key, 0.0))
-            rows.append((shape, times, contest.refused))
+            rows.append((shape, times, contest.refused, busy))
             progress.advance(task)
     for key, rate in best.items():
         name = "memory" if key == "memory" else f"torch.mm in {str(key).removeprefix('torch.')}"
         unit = "GB/s" if key == "memory" else "GFLOP/s"
         console.print(f"{name}, the best seen: {rate / 1e9:.0f} {unit}")
-    return [make_row(*row, {"matrix": best[row[0].dtype], "memory": best["memory"]}) for row in rows]
+    found = []
+    for shape, times, refused, busy in rows:
+        row = make_row(shape, times, refused, {"matrix": best[shape.dtype], "memory": best["memory"]})
+        found.append(row | ({"busy": {name: t._asdict() for name, t in busy.items()}} if busy else {}))
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         print("bench needs rich and matplotlib: pip install 'fused-attention[bench]'", file=sys.stderr)
         return 1
-    from . import report
+    from . import busy, growth, report
     from .machine import describe
 
     device = torch.device(args.device or ("cuda" if args.suite in ("gpu", "train") else "cpu"))
@@ -89,8 +99,12 @@ def run(args: argparse.Namespace) -> int:
     machine = describe(device)
     for key, value in machine.items():
         console.print(f"{key:<18} {value}", markup=False, highlight=False)
+    if args.suite == "growth":
+        return growth.run(cast(list[AttentionShape], shapes), args.seconds, console, args.json)
     rows = _time_all(shapes, args, device, console)
     report.print_tables(rows, console)
+    if args.busy:
+        busy.print_table(rows, console)
     if args.json:
         report.write_json(args.json, machine, rows)
     if args.plot:

@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn import replace_attention
 from ..parity.rule import compare
+from .caches import cache_runs
 from .peers import PEERS, Attention, mask_of, ours, window_mask
-from .shapes import AttentionShape, ModuleShape, Shape
+from .shapes import AttentionShape, CacheShape, ModuleShape, Shape
 from .timing import Run
 
 # Inputs of this much in all: more than the last-level cache of most machines.
@@ -196,8 +197,25 @@ def module_contest(shape: ModuleShape, peers: Iterable[str], device: torch.devic
     return Contest(shape, runs, check, refused)
 
 
+# --- caches ---------------------------------------------------------------------------------------------------------
+
+
+def cache_contest(shape: CacheShape, peers: Iterable[str], device: torch.device) -> Contest:
+    """`decode_attention` on a cache in the query's dtype, torch on dense tensors, and caches that store codes."""
+    runs, wrong = cache_runs(shape, peers, device)
+
+    def check() -> None:
+        message = wrong()
+        if message is not None:
+            raise CheckError(message)
+
+    return Contest(shape, runs, check, {name: "no cache" for name in peers if name != "torch"})
+
+
 def make_contest(shape: Shape, peers: Iterable[str], device: torch.device) -> Contest:
     """What `shape` is a shape of."""
     if isinstance(shape, ModuleShape):
         return module_contest(shape, peers, device)
+    if isinstance(shape, CacheShape):
+        return cache_contest(shape, peers, device)
     return attention_contest(shape, peers, device)

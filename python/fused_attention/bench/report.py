@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .shapes import AttentionShape, Shape
+from .shapes import ModuleShape, Shape
 from .timing import Times
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def make_row(shape: Shape, times: dict[str, Times], refused: dict[str, str], rat
         "name": shape.name,
         "group": shape.group,
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "tokens": shape.columns if isinstance(shape, AttentionShape) else shape.tokens,
+        "tokens": shape.tokens if isinstance(shape, ModuleShape) else shape.columns,
         "flops": shape.flops,
         "bytes": shape.bytes,
         "times": {name: t._asdict() for name, t in times.items()},

@@ -87,7 +87,35 @@ class ModuleShape:
         return 2.0 * self.batch * self.tokens * self.width * self.dtype.itemsize
 
 
-Shape = AttentionShape | ModuleShape
+@dataclass(frozen=True)
+class CacheShape:
+    """One step of decoding, a query per head of each sequence, from a cache in `dtype`; others store it in less."""
+
+    name: str
+    group: str
+    batch: int
+    heads: int
+    kv_heads: int
+    columns: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def flops(self) -> float:
+        """Of the two products."""
+        return 4.0 * self.batch * self.heads * self.columns * self.head_dim
+
+    @property
+    def bytes(self) -> float:
+        """Of the keys and values in the cache."""
+        return 2.0 * self.batch * self.kv_heads * self.columns * self.head_dim * self.dtype.itemsize
+
+
+Shape = AttentionShape | ModuleShape | CacheShape
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -117,6 +145,20 @@ def _decode(dtype: torch.dtype, batch: int = 1) -> Iterator[AttentionShape]:
     for columns in (4096, 16384, 65536):
         name = f"decode {_NAMES[dtype]} 32:4 D128 N{columns}"
         yield AttentionShape(name, f"decode {_NAMES[dtype]}", batch, 32, 4, 1, columns, 128, dtype)
+
+
+def _caches() -> Iterator[CacheShape]:
+    sizes = ((8, 1, 4096), (8, 1, 16384), (8, 1, 65536), (32, 4, 4096), (32, 4, 65536), (1, 1, 16384), (8, 8, 16384))
+    for heads, kv_heads, columns in sizes:
+        name = f"bf16 cache {heads}:{kv_heads} D128 N{columns}"
+        yield CacheShape(name, "bf16 cache", 1, heads, kv_heads, columns, 128)
+
+
+def _growth() -> Iterator[AttentionShape]:
+    for backward, causal in ((False, False), (False, True), (True, False)):
+        for tokens in (1024, 2048, 4096, 8192, 16384):
+            shape = _square(tokens, 64, F32, causal, backward, heads=1)
+            yield replace(shape, group=shape.group + " causal" * causal)
 
 
 def _cpu() -> Iterator[Shape]:
@@ -192,7 +234,8 @@ SUITES: dict[str, tuple[Shape, ...]] = {
     "models": tuple(_models()),
     "cpu": tuple(_cpu()),
     "module": tuple(_module()),
-    "decode": (*_decode(F32), *_decode(BF16), *_decode(F16)),
+    "decode": (*_decode(F32), *_decode(BF16), *_decode(F16), *_caches()),
+    "growth": tuple(_growth()),
     "gpu": (*_gpu(False), *_decode(BF16, 16)),
     "train": tuple(_gpu(True)),
 }

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import attention, varlen_attention
-from ..spec import Causal, WeightsMode
+from ..joint import joint_attention
+from ..layout import merge_heads
+from ..spec import Causal
 from . import nested
 
 
@@ -147,18 +149,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise RuntimeError(_NEED_MASK)
             return self._forward_nested(query, key, value, need_weights, average_attn_weights)
 
-        masks = (key_padding_mask, attn_mask)
-        batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)  # type: ignore[attr-defined]
+        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
         if is_causal and attn_mask is None:
             raise RuntimeError(_NEED_MASK)
+        options = (need_weights, attn_mask, average_attn_weights, is_causal)
         if batched:
-            arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return self._forward_dense(*arguments, self.batch_first)
+            return self._forward_dense(query, key, value, key_padding_mask, *options, self.batch_first)
         # One batch element; the three stay one tensor where they were one.
         query, key, value = _map_shared(lambda t: t.unsqueeze(0), query, key, value)
         padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        arguments = (query, key, value, padding, need_weights, attn_mask, average_attn_weights, is_causal)
-        output, weights = self._forward_dense(*arguments, True)
+        output, weights = self._forward_dense(query, key, value, padding, *options, True)
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
 
     def _forward_dense(
@@ -174,31 +174,43 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch_first: bool,
     ) -> tuple[Tensor, Tensor | None]:
         trusted = is_causal and key_padding_mask is None and not need_weights
-        if trusted:
-            attn_mask = None
-        self._check_shapes(query, key, value, key_padding_mask, attn_mask, batch_first)
-        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-        q, k, v = (t.permute(order) for t in self._project(query, key, value))  # [N, H, L or S, d], views
-        mask, bias = self._merge(attn_mask, key_padding_mask, q)
-        k, v = self._extend(k, v)
-        causal: Causal | None = "top_left" if trusted else None
-        attended, weights = self._attend(q, k, v, mask, bias, causal, need_weights, average)
-        back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-        attended = attended.permute(back).flatten(-2)  # [N, L, E] or [L, N, E], still a view
+        attn_mask = None if trusted else attn_mask
+        options = self._options("top_left" if trusted else None, need_weights, average)
+        alone = query is key is value and attn_mask is None and key_padding_mask is None
+        weight = self._joint_weight(query) if alone else None
+        if weight is not None:
+            qkv = F.linear(query, weight, self.in_proj_bias)
+            attended, weights = joint_attention(qkv, self.num_heads, batch_first, **options)
+        else:
+            self._check_shapes(query, key, value, key_padding_mask, attn_mask, batch_first)
+            order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+            q, k, v = (t.permute(order) for t in self._project(query, key, value))  # [N, H, L or S, d], views
+            mask, bias = self._merge(attn_mask, key_padding_mask, q)
+            k, v = self._extend(k, v)
+            attended, weights = self._attend(q, k, v, mask, bias, options)
+            attended = merge_heads(attended, batch_first)  # [N, L, E] or [L, N, E], still a view
         return self._output(attended), weights
+
+    def _options(self, causal: Causal | None, need_weights: bool, average: bool) -> dict[str, Any]:
+        """What is asked of `attention` beside its tensors."""
+        which = None if not need_weights else "mean" if average else "heads"
+        return {"causal": causal, "dropout_p": self.dropout if self.training else 0.0, "return_weights": which}
+
+    def _joint_weight(self, x: Tensor) -> Tensor | None:
+        """`in_proj_weight` if one product with `x` gives query, key and value, and nothing is appended to them."""
+        extended = self.add_zero_attn or self.bias_k is not None or self.bias_v is not None
+        return None if extended or x.shape[-1] != self.embed_dim else self.in_proj_weight
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """The projections as views [..., H, d] of as few GEMM results as the inputs allow."""
         bias, weight, width = self.in_proj_bias, self.in_proj_weight, self.embed_dim
         inputs: tuple[Tensor, ...] = (query, key, value)
-        weights: Any
-        biases: Any
+        weights: Any = (weight,)
+        biases: Any = (bias,)
         parts: tuple[int, ...] = (1, 1, 1)  # how many of q, k and v each product gives
         if weight is not None and key is value:
             inputs, parts = ((query,), (3,)) if query is key else ((query, key), (1, 2))
-        if len(parts) == 1:  # splitting into one part would only cost a copy of its gradient
-            weights, biases = (weight,), (bias,)
-        else:
+        if len(parts) > 1:  # splitting into one part would only cost a copy of its gradient
             widths = [n * width for n in parts]
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             weights = separate if weight is None else weight.split(widths)
@@ -208,6 +220,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             y = F.linear(x, w, b).unflatten(-1, (n, self.num_heads, self.head_dim))
             projected += y.unbind(-3)
         return projected
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        result = attention(q, k, v, mask=mask, bias=bias, **options)
+        return (result, None) if isinstance(result, Tensor) else (result.output, result.weights)
 
     def _output(self, attended: Tensor) -> Tensor:
         return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
@@ -257,22 +275,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         extra = (self.bias_k is not None) + self.add_zero_attn
         return _visible(first, extra), _visible(second, extra)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        causal: Causal | None,
-        need_weights: bool,
-        average: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        dropout = self.dropout if self.training else 0.0
-        which: WeightsMode | None = None if not need_weights else "mean" if average else "heads"
-        result = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout, return_weights=which)
-        return (result, None) if isinstance(result, Tensor) else (result.output, result.weights)
-
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -294,7 +296,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (t.transpose(1, 2) for t in self._project(*padded))  # [N, H, L or S, d]
         rows, keys = packed[0].valid(), packed[1].valid()
         mask = rows[:, None, :, None] & keys[:, None, None, :]
-        attended, weights = self._attend(q, k, v, mask, None, None, True, average)
+        attended, weights = self._attend(q, k, v, mask, None, self._options(None, True, average))
         attended = attended.transpose(1, 2).flatten(-2)[rows]
         return packed[0].wrap(self._output(attended)), weights
 
@@ -363,12 +365,11 @@ def _check_mask_types(key_padding_mask: Tensor | None, attn_mask: Tensor | None)
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and not torch.is_floating_point(mask) and mask.dtype != torch.bool:
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
-    if key_padding_mask is None or attn_mask is None or key_padding_mask.dtype == attn_mask.dtype:
-        return
-    if not torch.compiler.is_compiling():  # a warning would break the graph
+    dtypes = [m.dtype for m in (key_padding_mask, attn_mask) if m is not None]
+    if len(set(dtypes)) == 2 and not torch.compiler.is_compiling():  # a warning would break the graph
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. "
-            f"Use same type for both instead (got {key_padding_mask.dtype} and {attn_mask.dtype}).",
+            f"Use same type for both instead (got {dtypes[0]} and {dtypes[1]}).",
             stacklevel=3,
         )
 
