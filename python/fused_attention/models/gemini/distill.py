@@ -17,7 +17,7 @@ from .configuration import student_config
 from .data.batches import WEIGHTS
 from .distillation import Distillation
 from .generation import GeminiForConditionalGeneration
-from .train import Batches, add_recipe_arguments, finish, load, recipe_of
+from .train import Batches, add_recipe_arguments, complete, load, recipe_of
 from .training import Trainer
 
 
@@ -32,10 +32,7 @@ def distill(args: argparse.Namespace) -> dict[str, float]:
     )
     losses = Distillation(teacher, args.temperature, args.alpha)
     trainer = Trainer(student, recipe_of(args), batches, losses, args.folder)
-    if trainer.resume():
-        print(f"goes on after step {trainer.step}")
-    trainer.run()
-    return finish(trainer, processor, args)
+    return complete(trainer, processor, args)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -86,8 +86,13 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     )
 
 
-def finish(trainer: Trainer, processor: GeminiProcessor, args: argparse.Namespace) -> dict[str, float]:
-    """Write the model beside its processor, measure it, and write and print the scores."""
+def complete(trainer: Trainer, processor: GeminiProcessor, args: argparse.Namespace) -> dict[str, float]:
+    """Train, from where the folder's checkpoint stands if it has one; write the model beside its processor, measure it,
+    and write and print the scores.
+    """
+    if trainer.resume():
+        print(f"goes on after step {trainer.step}")
+    trainer.run()
     model, folder = trainer.plain_model, args.folder
     scores: dict[str, float] = {}
     if trainer.accelerator.is_main_process:
@@ -127,10 +132,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     weights = {task: WEIGHTS[task] for task in args.tasks}
     batches = Batches(processor, model.config, weights, args.batch_size, args.seed)
     trainer = Trainer(model, recipe_of(args), batches, losses, args.folder)
-    if trainer.resume():
-        print(f"goes on after step {trainer.step}")
-    trainer.run()
-    return finish(trainer, processor, args)
+    return complete(trainer, processor, args)
 
 
 def main(arguments: list[str] | None = None) -> None:
