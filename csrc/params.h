@@ -80,10 +80,13 @@ struct AttentionParams {
   int32_t processors = 1;                    // multiprocessors, for kernels whose CTAs stay
   int64_t mask_shares = 0, bias_shares = 0;  // dmask, dbias are [shares, ...], dense: parts that are added afterwards
 
-  // On a CPU: k and v are those of a cache, of any dtype but f64 and boolean. At most 16 rows, forward only.
-  bool cached = false;
-  Tensor tree;              // [B, M, M]   boolean: which of the last M keys, its own among them, a row sees
-  Tensor k_scale, v_scale;  // [B, HK, N]  f32: k is the scale times the code; absent where k has no codes
+  // On a CPU, forward only: where `lengths` is given, k and v are those of a cache, of any dtype but f64 and boolean. At
+  // most 16 rows. With new_k the lengths count what was there before, and are raised by M.
+  void* lengths = nullptr;    // [B]  in place of key_lengths
+  bool long_lengths = false;  // int64, not int32
+  Tensor new_k, new_v;        // [B, HK, M, D], [B, HK, M, DV], of k's dtype: become the last M keys before any is read
+  Tensor tree;                // [B, M, M]    boolean: which of the last M keys, its own among them, a row sees
+  Tensor k_scale, v_scale;    // [B, HK, N]   f32: k is the scale times the code; absent where k has no codes
   // With pages k, v, k_scale and v_scale are [pages, HK, page_size, ...]: key n of sequence b is row n % page_size of
   // page table[b, n / page_size].
   const int32_t* table = nullptr;    // [B, ceil(N / page_size)]

@@ -261,6 +261,7 @@ def test_what_is_forgotten_and_not_noticed_is_nan(backend: str, monkeypatch: pyt
     """As on a GPU, where looking would synchronise: cut too far, or asked for rows whose window is gone."""
     device = DEVICE if backend == "triton" else "cpu"
     monkeypatch.setattr("fused_attention.cache.dense.readable", lambda _: False)
+    monkeypatch.setattr("fused_attention.cache.checks.readable", lambda _: False)
     monkeypatch.setattr(decode, "readable", lambda _: False)
     with use_backend(backend):
         cache = KVCache.allocate(2, 1, 8, 4, window=4, device=device)

@@ -146,7 +146,7 @@ def test_numbers_are_rounded_to_the_nearest_code(kv_dtype: torch.dtype, backend:
 @pytest.mark.parametrize("page", [None, 4])
 def test_what_no_check_has_seen(page: int | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking would synchronise: NaN where a sequence is concerned, no write outside."""
-    monkeypatch.setattr(decode, "_check_values", lambda *_: None)
+    monkeypatch.setattr("fused_attention.cache.checks._check_values", lambda *_: None)
     cache, arguments = make(Case("", (3, 2, 1, 2, 8, 8), 40, page=page))
     cache.lengths.copy_(torch.tensor([5, cache.capacity - 1, 20]))
     if isinstance(cache, PagedKVCache):
@@ -163,7 +163,7 @@ def test_what_no_check_has_seen(page: int | None, backend: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("backend", ["reference", TRITON])
 def test_positions_outside_the_tables(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_check_values", lambda *_: None)
+    monkeypatch.setattr("fused_attention.cache.checks._check_values", lambda *_: None)
     cache, arguments = make(Case("", (2, 2, 1, 2, 8, 8), 40, rope=(4, False)))
     cos, sin, interleaved = arguments["rope"]
     arguments["rope"] = (cos[:21], sin[:21], interleaved)

@@ -136,7 +136,7 @@ def test_codes_and_scales_that_are_not_numbers(what: str) -> None:
 
 def test_pages_that_do_not_exist_and_were_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no check could look: NaN in the sequence that it concerns, and nothing outside the storage is read."""
-    monkeypatch.setattr(decode, "_check_values", lambda *_: None)
+    monkeypatch.setattr("fused_attention.cache.checks._check_values", lambda *_: None)
     for kv_dtype in (F32, I8, F8):
         cache, arguments = make(Case("", (3, 2, 1, 2, 32, 32), 300, F32, kv_dtype, 16, append=False))
         assert isinstance(cache, PagedKVCache)

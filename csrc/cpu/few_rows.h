@@ -299,7 +299,7 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
 // Whether these kernels are the faster ones, or the only ones. What they leave to forward.h: dropout, packed sequences,
 // block maps, which differ from head to head, many rows.
 [[maybe_unused]] static bool few_rows_wanted(const AttentionParams& p) {
-  if (p.cached) return p.M > 0 && p.N > 0 && p.B * p.H > 0;
+  if (p.lengths) return p.M > 0 && p.N > 0 && p.B * p.H > 0;
   return p.M > 0 && p.M <= kLaneRows && p.N > 0 && p.B * p.H > 0 && !p.cu_seqlens_q && !has_dropout(p) &&
          !p.block_map.data;
 }
@@ -330,6 +330,19 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   if (ok && f.partial)
     ok = run_tasks(blocks, p.threads, static_cast<double>(blocks * f.splits * f.part()), 0, merge_task, &f);
   release(f.partial);
+  return ok;
+}
+
+// The same for the rows of a cache: what is new is counted and written before anything is read.
+[[maybe_unused]] static bool few_rows_of_cache(const AttentionParams& p) {
+  int64_t* lengths = static_cast<int64_t*>(allocate(sizeof(int64_t) * static_cast<size_t>(p.B)));
+  if (!lengths) return false;
+  for (int64_t b = 0; b < p.B; ++b) lengths[b] = count_tokens(p, b);
+  AttentionParams counted = p;
+  counted.key_lengths = lengths;
+  if (p.new_k) append_tokens(counted, p.new_k, p.k, p.D), append_tokens(counted, p.new_v, p.v, p.DV);
+  const bool ok = few_rows(counted);
+  release(lengths);
   return ok;
 }
 

@@ -69,7 +69,8 @@ static bool run_forward(const AttentionParams& p) {
 #if defined(FA_AMX)
   if (amx_wanted(p)) return amx_forward(p);
 #endif
-  return few_rows_wanted(p) ? few_rows(p) : forward<float>(p);
+  if (!few_rows_wanted(p)) return forward<float>(p);
+  return p.lengths ? few_rows_of_cache(p) : few_rows(p);
 }
 static bool run_backward(const AttentionParams& p) {
   return p.q.dtype == DType::f64 ? backward<double>(p) : backward<float>(p);

@@ -106,6 +106,28 @@ FA_INLINE void for_runs(const Problem& x, int64_t key, int keys, F f) {
   });
 }
 
+// The length of a sequence of a cache, raised by the tokens that are new.
+FA_INLINE int64_t count_tokens(const AttentionParams& p, int64_t b) {
+  const int64_t more = p.new_k ? p.M : 0;
+  if (p.long_lengths) return static_cast<int64_t*>(p.lengths)[b] += more;
+  return static_cast<int32_t*>(p.lengths)[b] += static_cast<int32_t>(more);
+}
+
+// Writes the last M tokens of every sequence to where they lie. A token without a place there is not written.
+[[maybe_unused]] static void append_tokens(const AttentionParams& p, const Tensor& from, const Tensor& to,
+                                           int64_t columns) {
+  const size_t bytes = static_cast<size_t>(columns * size_of(to.dtype));
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t hk = 0; hk < p.HK; ++hk) {
+      const Problem x = make_problem(p, b, hk * (p.H / p.HK));
+      const int64_t first = p.key_lengths[b] - p.M;
+      for (int64_t i = max_of<int64_t>(-first, 0); i < min_of(p.M, p.N - first); ++i)
+        for_runs(x, first + i, 1, [&](int, int, int64_t block, int64_t row) {
+          if (block >= 0) __builtin_memcpy(address(to, block, hk, row), address(from, b, hk, i), bytes);
+        });
+    }
+}
+
 // Copies rows into dst [keys, width] in the compute type, with zeros behind, and points to them.
 [[maybe_unused]] static void copy_rows(StoredRows& t, int keys, int64_t columns, int64_t width, float* dst) {
   for (int i = 0; i < keys; ++i) {

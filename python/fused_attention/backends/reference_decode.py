@@ -160,7 +160,7 @@ def dense(cache: Cache, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def longest(cache: Cache) -> int:
     """As many columns as any sequence needs: the longest on a CPU, the capacity where looking would synchronise."""
     if cache.lengths.is_cpu and cache.batch:
-        return min(max(int(cache.lengths.max()), 0), cache.capacity)
+        return min(max(0, *cache.lengths.tolist()), cache.capacity)
     return cache.capacity
 
 

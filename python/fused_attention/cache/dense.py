@@ -112,7 +112,7 @@ class KVCache(Storage):
 
     def longest(self) -> int:
         """The length of the longest sequence; looks at `lengths`, and so waits for a GPU."""
-        return int(self.lengths.max()) if self.batch else 0
+        return max(self.lengths.tolist(), default=0)
 
     def _rows_in_use(self) -> int:
         """So many rows hold all tokens; the capacity where looking would wait for a device."""
@@ -210,23 +210,40 @@ class KVCache(Storage):
                 sequence that is NaN.
         """
         index = indices("beam_idx", beam_idx, self.lengths.device)
-        bad = (index < 0) | (index >= self.batch)
-        if readable(index) and bad.any():
-            refuse("beam_idx", int(index[bad][0]), f"indices in 0 .. {self.batch - 1}")
+        bad = None
+        if readable(index):
+            chosen = index.tolist()
+            for i in chosen:
+                if not 0 <= i < self.batch:
+                    refuse("beam_idx", i, f"indices in 0 .. {self.batch - 1}")
+            if chosen == list(range(self.batch)):
+                return
+        else:
+            bad = (index < 0) | (index >= self.batch)
+            index = index.clamp(0, max(self.batch - 1, 0))
         if not self.batch:
             return
-        index, used, same = index.clamp(0, self.batch - 1), self._rows_in_use(), len(index) == self.batch
+        self._take(index)
+        if bad is not None:
+            self.lengths.masked_fill_(bad, self.capacity + 1)
+
+    def _take(self, index: Tensor) -> None:
+        """Sequence i becomes what sequence index[i] was: in place where there are as many as before."""
+        used, same = self._rows_in_use(), len(index) == self.batch
         for name in STORED:
             t = getattr(self, name)
             if t is not None:
-                chosen = bits(t)[:, :, :used].index_select(0, index)
-                t = t if same else _like(t, (len(index), *t.shape[1:]))
-                bits(t)[:, :, :used].copy_(chosen)
-                setattr(self, name, t)
-        lengths = torch.where(bad, self.capacity + 1, self.lengths[index]).to(self.lengths.dtype)
-        self.lengths = self.lengths.copy_(lengths) if same else lengths
-        if self.dropped is not None:
-            self.dropped = self.dropped.copy_(self.dropped[index]) if same else self.dropped[index]
+                held = bits(t)[:, :, :used]
+                taken = held.index_select(0, index)
+                if not same:
+                    t = _like(t, (len(index), *t.shape[1:]))
+                    held = bits(t)[:, :, :used]
+                    setattr(self, name, t)
+                held.copy_(taken)
+        for name in ("lengths", "dropped"):
+            t = getattr(self, name)
+            if t is not None:
+                setattr(self, name, t.copy_(t[index]) if same else t[index])
 
     def make_room(self, rows: int) -> None:
         """Let a rolling cache forget what it must before `rows` tokens are appended; `decode_attention` does so itself.
