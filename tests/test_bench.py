@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from rich.console import Console  # noqa: E402
 
 from fused_attention import cli  # noqa: E402
-from fused_attention.bench import busy, contest, growth, peers, shapes, timing  # noqa: E402
+from fused_attention.bench import busy, contest, growth, machine, peers, shapes, timing  # noqa: E402
 from fused_attention.bench.shapes import AttentionShape, CacheShape, ModuleShape  # noqa: E402
 
 pytestmark = pytest.mark.fast
@@ -99,7 +99,7 @@ def test_growth_is_relative_to_the_shortest(monkeypatch: pytest.MonkeyPatch) -> 
     seconds = iter([1.0, 1.0, 6.0, 5.0, 2.0, 2.0, 4.0, 4.0])
     extra = iter([100, 300, 500, 1000])
     monkeypatch.setattr(growth, "_seconds", lambda run, rounds: next(seconds))
-    monkeypatch.setattr(growth, "_extra_memory", lambda run: next(extra))
+    monkeypatch.setattr(growth, "extra_memory", lambda run: next(extra))
     before = torch.get_num_threads()
     rows = growth.measure([replace(s, group=str(s.backward)) for s in made], 0.0)
     assert torch.get_num_threads() == before
@@ -110,7 +110,7 @@ def test_growth_is_relative_to_the_shortest(monkeypatch: pytest.MonkeyPatch) -> 
 def test_extra_memory_is_seen() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the system does not tell a process its memory")
-    found = growth._extra_memory(lambda: torch.ones(2**23))
+    found = machine.extra_memory(lambda: torch.ones(2**23))
     assert found is not None and 0.9 * 2**25 < found < 2**26
 
 

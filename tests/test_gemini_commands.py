@@ -6,6 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,48 @@ def test_demo(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (picture,) = (tmp_path / "shown").glob("*.png")
     (clip,) = (tmp_path / "shown").glob("*.wav")
     assert picture.read_bytes()[:4] == b"\x89PNG" and clip.read_bytes()[:4] == b"RIFF"
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, called: list[list[str]]) -> None:
+    """Every command reads its arguments as ever, and writes scores that follow from its folder instead of training."""
+    from fused_attention.models.gemini import distill, quantize, train
+
+    def write(args: Any) -> None:
+        called.append([args.folder.parent.name, args.folder.name])
+        seed = int(args.folder.parent.name[-1])
+        scores = {task: 50.0 if task == "text" else 0.9 + seed / 100 for task in args.tasks}
+        if args.folder.name == "answers":
+            scores["text"] = 51.0
+        parameters = 20 if args.folder.name.startswith("student") else 100
+        found: dict[str, Any] = {"scores": scores, "training_seconds": 60.0, "parameters": parameters}
+        if args.folder.name.endswith("int8"):
+            found = {"before": scores, "after": {t: s - 0.004 for t, s in scores.items()}, "bytes": [100, 30]}
+        args.folder.mkdir(parents=True)
+        (args.folder / "scores.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(train, "train", write)
+    monkeypatch.setattr(distill, "distill", write)
+    monkeypatch.setattr(quantize, "run", write)
+
+
+def test_the_table_of_abilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every stage once, each after those it starts from; the means of the seeds beside what is asked for."""
+    from fused_attention.models.gemini import abilities
+
+    called: list[list[str]] = []
+    _pretend(monkeypatch, called)
+    written = tmp_path / "scores.json"
+    abilities.main([str(tmp_path / "runs"), "--seeds", "0", "2", "--bf16", "--json", str(written)])
+    assert len(called) == 2 * 9 and called[0] == ["seed-0", "base"] and called[9] == ["seed-2", "base"]
+    abilities.main([str(tmp_path / "runs"), "--seeds", "0", "2"])
+    assert len(called) == 2 * 9, "a stage with scores ran again"
+    printed = " ".join(capsys.readouterr().out.split())
+    for row in (
+        "describe an image │ 91.0% │ 90.0% 92.0% │ >= 97%",
+        "perplexity, over that of the model of text alone │ 102.0% │ 102.0% 102.0% │ <= 1.05",
+        "student's share of the parameters │ 20.0%",
+        "media-int8: the most that an ability lost │ 0.4%",
+        "student in bfloat16 less float32: joint │ 0.0%",
+    ):
+        assert row in printed, row
+    assert len(json.loads(written.read_text())["answers"]) == 2

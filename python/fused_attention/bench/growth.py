@@ -6,7 +6,6 @@ memory is what the process takes during the call beyond its inputs, the output i
 
 from __future__ import annotations
 
-import ctypes
 import json
 import time
 from collections.abc import Iterable
@@ -15,29 +14,10 @@ from typing import Any
 
 import torch
 
-from .machine import describe
+from .machine import describe, extra_memory
 from .peers import ours
 from .shapes import AttentionShape
 from .timing import Run
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _status(field: str) -> int:
-    """Bytes."""
-    lines = _STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def _extra_memory(run: Run) -> int | None:
-    """Bytes at the peak of a call beyond those before it; None where the system does not tell."""
-    if not _CLEAR.exists():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    _CLEAR.write_text("5")  # the high-water mark starts again here
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
 
 
 def _seconds(run: Run, rounds: int) -> float:
@@ -74,7 +54,7 @@ def measure(shapes: Iterable[AttentionShape], seconds: float) -> list[dict[str, 
             run = _call(shape)
             if not rows:
                 run()  # what the first call of all loads is not its own
-            extra = _extra_memory(run)
+            extra = extra_memory(run)
             took = _seconds(run, 1)
             took = min(took, _seconds(run, max(2, int(seconds / max(took, 1e-6)))))
             row = {"name": shape.name, "group": shape.group, "tokens": shape.rows, "seconds": took, "bytes": extra}

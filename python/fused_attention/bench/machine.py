@@ -1,7 +1,8 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and how much memory a call takes there."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from datetime import datetime, timezone
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 from ..backends import cpu
+from .timing import Run
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SHOWN = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -45,3 +48,20 @@ def describe(device: torch.device) -> dict[str, Any]:
         p = torch.cuda.get_device_properties(device)
         found |= {"GPU": p.name, "multiprocessors": p.multi_processor_count, "CUDA of torch": torch.version.cuda}
     return found | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def _status(field: str) -> int:
+    """Bytes."""
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def extra_memory(run: Run) -> int | None:
+    """Bytes at the peak of a call beyond those before it; None where the system does not tell."""
+    if not _CLEAR.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")  # the high-water mark starts again here
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before

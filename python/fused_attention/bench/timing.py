@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 FEWEST_ROUNDS = 5
+LONG_ROUND, FEWEST_LONG_ROUNDS = 10.0, 2  # seconds: as where a processor has no instructions for a dtype
 FLUSHED_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 Run = Callable[[], object]
@@ -47,14 +48,15 @@ def _on_gpu(device: torch.device) -> Callable[[Run], float]:
 
 
 def take_turns(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[str, Times]:
-    """Time `runs` in turn for about `seconds` in all, each at least five times, after one call that does not count."""
+    """Time `runs` in turn for about `seconds` in all, after one call that does not count: each at least five times, or
+    twice where a round takes over ten seconds."""
     measure = _on_gpu(device) if device.type == "cuda" else _on_cpu
-    for run in runs.values():
-        measure(run)
+    long = sum(measure(run) for run in runs.values()) > LONG_ROUND
+    fewest = FEWEST_LONG_ROUNDS if long else FEWEST_ROUNDS
     taken: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
+    while rounds < fewest or time.perf_counter() < end:
         for name, run in runs.items():
             taken[name].append(measure(run))
         rounds += 1

@@ -59,7 +59,6 @@ class GeminiConfig(PretrainedConfig):
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.05
     dropout: float = 0.0
     use_cache: bool = True
     image_size: int = 8

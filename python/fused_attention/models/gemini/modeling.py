@@ -104,10 +104,13 @@ class GeminiPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Normal, with the deviation at which what comes out of a layer varies as much as what goes in: pictures and
+        clips reach the text's positions through attention from the first step on. A SiLU, which follows the
+        convolutions, halves the variance. A row of the embedding is one of the head's, with E inputs."""
         super()._init_weights(module)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):  # what comes in varies as much as what goes out
-            fan_in = module.weight[0].numel()
-            initialization.normal_(module.weight, mean=0.0, std=(2.0 / fan_in) ** 0.5)
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
+            gain = 2.0 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1.0
+            initialization.normal_(module.weight, mean=0.0, std=(gain / module.weight[0].numel()) ** 0.5)
 
 
 class GeminiModel(MediaInputs, GeminiPreTrainedModel):
