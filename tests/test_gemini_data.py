@@ -190,8 +190,11 @@ def test_a_batch_is_what_the_model_takes(collator: Collator) -> None:
         target = labels[row][labels[row] != IGNORED]
         assert target[-1] == tokenizer.eos_token_id and torch.equal(ids[row][labels[row] != IGNORED], target)
         assert (labels[row][mask[row] == 0] == IGNORED).all() and ids[row, 0] == tokenizer.bos_token_id
+        weights = batch["label_weights"][row]
         if example.text is not None:
             assert tokenizer.decode(target[:-1]) == example.text.lower()
+            assert torch.allclose(weights[labels[row] != IGNORED], torch.tensor(len(target) ** -0.5))
+        assert weights[labels[row] == IGNORED].sum() == 0.0 and abs(float(weights.square().sum()) - 1.0) < 1e-5
 
 
 def test_prompts_are_encoded_as_a_users_are(collator: Collator) -> None:

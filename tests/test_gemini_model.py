@@ -136,6 +136,23 @@ def test_weights_of_the_losses_and_number_of_items() -> None:
     torch.testing.assert_close(doubled.text_loss, out.text_loss / 2)
 
 
+def test_weights_of_labels() -> None:
+    """Weights of 0 take labels out, equal ones change nothing, and slots do not count whatever their weight."""
+    inputs = batch(config())
+    model, labels = build(), inputs["labels"]
+    equal = model(**inputs, label_weights=torch.full(labels.shape, 0.3)).text_loss
+    torch.testing.assert_close(equal, model(**inputs).text_loss)
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0))
+    weights[0] = 0.0
+    found = model(**inputs, label_weights=weights)
+    each = F.cross_entropy(found.logits[:, :-1].transpose(1, 2), labels[:, 1:].clamp(min=0), reduction="none")
+    slots = torch.tensor([7, 8, 9, 10])
+    counts = weights[:, 1:] * ((labels[:, 1:] != -100) & ~torch.isin(inputs["input_ids"][:, 1:], slots))
+    torch.testing.assert_close(found.text_loss, (each * counts).sum() / counts.sum())
+    labels[0] = -100
+    torch.testing.assert_close(model(**inputs, label_weights=weights).text_loss, found.text_loss)
+
+
 # --- what sees what ---------------------------------------------------------------------------------------------------
 
 

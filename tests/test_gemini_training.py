@@ -104,6 +104,10 @@ def test_the_distillation_loss_is_the_formula(temperature: float) -> None:
     expected = temperature**2 * (p * (p / q).log()).sum(-1)[where].mean()
     found = distillation_loss(student, teacher, temperature, where)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    weights = torch.rand(2, 5, dtype=torch.float64)
+    expected = temperature**2 * ((p * (p / q).log()).sum(-1) * weights).sum() / weights.sum()
+    found = distillation_loss(student, teacher, temperature, weights)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_distillation_loss_is_zero_for_the_teacher_alone() -> None:

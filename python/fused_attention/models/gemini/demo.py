@@ -1,5 +1,7 @@
 """`python -m fused_attention.models.gemini.demo runs/base`: everything that a trained model does, in a terminal.
 
+    python -m fused_attention.models.gemini.demo runs/seed-0/answers --media runs/seed-0/media   # fine-tuned ones
+
 Held-out digits and clips are described, transcribed and compared; sentences are judged and continued; a digit is drawn
 and one is said. The pictures and the clip that it makes go to a folder as PNG and WAV files.
 """
@@ -94,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m fused_attention.models.gemini.demo", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("model", type=Path, help="a folder that `train` or `distill` wrote")
+    p.add_argument("--media", type=Path, help="another such folder, whose model draws and says; default the same")
     p.add_argument("--out", type=Path, default=Path("gemini-demo"), help="where pictures and clips go")
     p.add_argument("--each", type=int, default=2, help="examples of each ability")
     p.add_argument("--prompt", default="return the")
@@ -105,6 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{model.num_parameters():,} parameters, attention: {model.config._attn_implementation}")
     show_understanding(model, processor, args.each)
     show_text(model, processor, args.prompt)
+    if args.media is not None:
+        model, processor = load(args.media)
+        model.eval()
     show_generation(model, processor, args.out, args.each)
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, temperature: float = 2.0, where: Tensor | None = None
+    student: Tensor, teacher: Tensor, temperature: float = 2.0, weights: Tensor | None = None
 ) -> Tensor:
     """T^2 * KL(teacher || student) at temperature T, mean over positions, in nats.
 
     Args:
         student, teacher: logits [..., vocabulary]; the teacher's gets no gradient.
         temperature: T > 0; above 1, what the teacher holds for unlikely counts for more.
-        where: bool [...], the positions that count; None: all.
+        weights: bool or floating [...], how much each position counts in the mean; None: all alike.
 
     Raises:
         ValueError: shapes that differ, or a temperature that is not positive.
@@ -30,12 +30,14 @@ def distillation_loss(
         raise ValueError(f"teacher: got shape {list(teacher.shape)}, expected the student's {list(student.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number")
-    if where is not None:
-        student, teacher = student[where], teacher[where]
-    log_q = F.log_softmax(student.flatten(0, -2).float() / temperature, -1)
-    log_p = F.log_softmax(teacher.detach().flatten(0, -2).float() / temperature, -1)
-    # "batchmean" divides by the positions, not by positions * vocabulary as the default does.
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    if weights is None:
+        weights = student.new_ones(student.shape[:-1])
+    counts = weights != 0
+    log_q = F.log_softmax(student[counts].float() / temperature, -1)
+    log_p = F.log_softmax(teacher.detach()[counts].float() / temperature, -1)
+    # A sum over the vocabulary and a mean over the positions: the default divides by the vocabulary, too.
+    each = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (each * weights[counts]).sum() / weights[counts].sum()
 
 
 class Distillation:
@@ -55,7 +57,8 @@ class Distillation:
         losses = {n: found[n] for n in ("text_loss", "image_loss", "audio_loss") if found.get(n) is not None}
         with torch.no_grad():
             wanted = self.teacher(**batch).logits
-        counts = batch["labels"][:, 1:] != -100  # position s predicts token s + 1
-        kl = distillation_loss(found.logits[:, :-1], wanted[:, :-1], self.temperature, counts)
+        weights = batch["label_weights"] if "label_weights" in batch else batch["labels"] != -100
+        # Position s predicts token s + 1.
+        kl = distillation_loss(found.logits[:, :-1], wanted[:, :-1], self.temperature, weights[:, 1:])
         loss = found.loss - self.alpha * found.text_loss + self.alpha * kl
         return {"loss": loss, "distillation_loss": kl, **losses}

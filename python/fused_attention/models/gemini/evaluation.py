@@ -87,6 +87,7 @@ def perplexity(model: GeminiForConditionalGeneration, processor: GeminiProcessor
     for first in range(0, len(ordered), _BATCH):
         batch = collate(ordered[first : first + _BATCH])
         tokens = int((batch["labels"][:, 1:] != -100).sum())
+        del batch["label_weights"]  # a perplexity is a mean over tokens
         loss = model(**batch).text_loss
         assert loss is not None
         total, count = total + float(loss) * tokens, count + tokens

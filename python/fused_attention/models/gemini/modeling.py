@@ -236,6 +236,7 @@ class GeminiModel(MediaInputs, GeminiPreTrainedModel):
         audio_targets: Tensor | None = None,
         target_lengths: Tensor | None = None,
         labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -257,6 +258,7 @@ class GeminiModel(MediaInputs, GeminiPreTrainedModel):
             image_targets: [N, C, H, W] in [0, 1], all images to be generated, which are fed back (teacher forcing).
             audio_targets: [N, num_mel_bins, T] log-mel, all clips to be generated; target_lengths: [N] frames of each.
             labels: [B, S] token ids, as input_ids; -100 is not predicted, and neither is a slot.
+            label_weights: [B, S] floating, how much each label counts in the text's loss; default 1.
             use_cache: make and return a cache where none is given; default no.
             logits_to_keep: logits of so many last positions only; 0: of all. All with labels.
             num_items_in_batch: what the text's loss is divided by; default the labels that count.
@@ -287,11 +289,18 @@ class GeminiModel(MediaInputs, GeminiPreTrainedModel):
             raise ValueError("inputs_embeds: got images or sound beside them, expected them in their slots already")
         assert inputs_embeds is not None
         out = self._run(inputs_embeds, attention_mask, position_ids, past_key_values, blocks, **more)
-        self._finish(out, input_ids, labels, media, logits_to_keep, num_items_in_batch)
+        self._finish(out, input_ids, labels, label_weights, media, logits_to_keep, num_items_in_batch)
         return out
 
     def _finish(
-        self, out: GeminiOutput, ids: Tensor | None, labels: Tensor | None, media: Media, keep: int, items: Any
+        self,
+        out: GeminiOutput,
+        ids: Tensor | None,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        media: Media,
+        keep: int,
+        items: Any,
     ) -> None:
         """Logits and losses, from the hidden states."""
         config, hidden = self.config, out.last_hidden_state
@@ -302,7 +311,7 @@ class GeminiModel(MediaInputs, GeminiPreTrainedModel):
             out.logits = cap * torch.tanh(out.logits / cap)
         losses = []
         if labels is not None:
-            out.text_loss = self._text_loss(out.logits, ids, labels, items)
+            out.text_loss = self._text_loss(out.logits, ids, labels, weights, items)
             losses.append(out.text_loss)
         if media.image_targets is not None and ids is not None:
             before = self.before_slots(hidden, ids, config.image_out_token_id)
@@ -314,10 +323,16 @@ class GeminiModel(MediaInputs, GeminiPreTrainedModel):
             losses.append(config.audio_loss_weight * out.audio_loss)
         out.loss = sum(losses[1:], losses[0]) if losses else None
 
-    def _text_loss(self, logits: Tensor, ids: Tensor | None, labels: Tensor, items: Any) -> Tensor:
+    def _text_loss(
+        self, logits: Tensor, ids: Tensor | None, labels: Tensor, weights: Tensor | None, items: Any
+    ) -> Tensor:
         if ids is not None:
             slots = torch.tensor(self.config.slot_token_ids, device=ids.device)
             labels = labels.masked_fill(torch.isin(ids, slots), -100)
         target = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # position s predicts token s + 1
-        total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=-100, reduction="sum")
-        return total / ((target != -100).sum().clamp(min=1) if items is None else items)
+        if weights is None:
+            total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=-100, reduction="sum")
+            return total / ((target != -100).sum().clamp(min=1) if items is None else items)
+        weight = F.pad(weights[:, 1:], (0, 1)).flatten().masked_fill(target == -100, 0.0)
+        each = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=-100, reduction="none")
+        return (each * weight).sum() / (weight.sum().clamp(min=1e-6) if items is None else items)

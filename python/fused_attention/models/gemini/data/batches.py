@@ -38,9 +38,12 @@ class Collator:
     ) -> None:
         self.processor, self.image_slots = processor, image_slots
         self.audio_reduction, self.longest = audio_reduction, longest
+        self._slots = torch.tensor(processor.tokenizer.convert_tokens_to_ids(["<image_out>", "<audio_out>"]))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels [B, S] int64; where there are any, in the order of the examples,
+        """input_ids, attention_mask, labels [B, S] int64, and label_weights [B, S] float32: 1 / sqrt(n) for each of the
+        n tokens of a target text, 0 elsewhere. With 1 for all, the long texts would drown the answers of a word, and
+        1 / n would drown the texts. Then, where there are any, in the order of the examples,
         pixel_values [N, 1, 8, 8], input_features [N, 40, T] with feature_lengths [N], image_targets [N, 1, 8, 8], and
         audio_targets [N, 40, T'] with target_lengths [N], T' a multiple of `audio_reduction`, silent after the end.
         """
@@ -53,6 +56,8 @@ class Collator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
+        counts = (batch["labels"] != IGNORED) & ~torch.isin(batch["labels"], self._slots)
+        batch["label_weights"] = counts / counts.sum(1, keepdim=True).clamp(min=1).sqrt()
         images = [image for example in examples for image in example.images]
         sounds = [sound for example in examples for sound in example.sounds]
         drawn = [example.image for example in examples if example.image is not None]
