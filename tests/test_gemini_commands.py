@@ -126,7 +126,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, called: list[list[str]]) -> None:
         called.append([args.folder.parent.name, args.folder.name])
         seed = int(args.folder.parent.name[-1])
         scores = {task: 50.0 if task == "text" else 0.9 + seed / 100 for task in args.tasks}
-        if args.folder.name == "answers":
+        if args.folder.name == "judge":
             scores["text"] = 51.0
         parameters = 20 if args.folder.name.startswith("student") else 100
         found: dict[str, Any] = {"scores": scores, "training_seconds": 60.0, "parameters": parameters}
@@ -148,16 +148,16 @@ def test_the_table_of_abilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     _pretend(monkeypatch, called)
     written = tmp_path / "scores.json"
     abilities.main([str(tmp_path / "runs"), "--seeds", "0", "2", "--bf16", "--json", str(written)])
-    assert len(called) == 2 * 9 and called[0] == ["seed-0", "base"] and called[9] == ["seed-2", "base"]
+    assert len(called) == 2 * 15 and called[0] == ["seed-0", "base"] and called[15] == ["seed-2", "base"]
     abilities.main([str(tmp_path / "runs"), "--seeds", "0", "2"])
-    assert len(called) == 2 * 9, "a stage with scores ran again"
+    assert len(called) == 2 * 15, "a stage with scores ran again"
     printed = " ".join(capsys.readouterr().out.split())
     for row in (
         "describe an image │ 91.0% │ 90.0% 92.0% │ >= 97%",
-        "perplexity, over that of the model of text alone │ 102.0% │ 102.0% 102.0% │ <= 1.05",
-        "student's share of the parameters │ 20.0%",
-        "media-int8: the most that an ability lost │ 0.4%",
-        "student in bfloat16 less float32: joint │ 0.0%",
+        "its perplexity, over that of text alone │ 102.0% │ 102.0% 102.0% │ <= 105%",
+        "student of the reader: parameters │ 20.0%",
+        "speaker-int8: say lost │ 0.4%",
+        "student in bfloat16 less float32: transcribe │ 0.0%",
     ):
         assert row in printed, row
-    assert len(json.loads(written.read_text())["answers"]) == 2
+    assert len(json.loads(written.read_text())["judge"]) == 2

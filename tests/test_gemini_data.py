@@ -160,9 +160,12 @@ def test_joint_examples_say_yes_to_the_same_digit() -> None:
     clips = {tuple(log_mel(torch.from_numpy(c.samples)).flatten().tolist()): c.word for c in speech.load("test")}
     made = held_out("joint")
     for example in made[:200]:
-        same = label[tuple(example.images[0].flatten().tolist())] == clips[tuple(example.sounds[0].flatten().tolist())]
-        assert example.text == ("yes" if same else "no") and example.answer == int(same)
-    assert Counter(example.text for example in made) == {"yes": 360, "no": 360}
+        seen = label[tuple(example.images[0].flatten().tolist())]
+        heard = clips[tuple(example.sounds[0].flatten().tolist())]
+        verdict = "yes" if seen == heard else "no"
+        assert example.text == f"{speech.WORDS[seen]} and {speech.WORDS[heard]}: {verdict}"
+        assert example.answer == int(seen == heard)
+    assert Counter((example.text or "").split(": ")[1] for example in made) == {"yes": 360, "no": 360}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@
     python -m fused_attention.models.gemini.abilities runs --seeds 1      # one of them, in a process of its own
     python -m fused_attention.models.gemini.abilities runs --print-only   # the table of what is there
 
-For each seed: a teacher pretrained on all tasks, then fine-tuned once to answer (texts from pictures, clips and
-sentences, with generation of text beside it: one set of parameters) and once to draw and say; a model of text alone
-that starts where the teacher's answers start and sees as much text; a student with and without the teacher, and with
-`--bf16` the latter in bfloat16; both fine-tuned models in 8 bits. A stage whose folder has scores is not run again.
+For each seed: a teacher pretrained on all tasks, then fine-tuned: once to read pictures and clips, once to judge
+sentences and go on writing text with the same parameters, once each to compare, to draw and to say. Beside it a model
+of text alone, which starts where the judge does and sees as much text; a student of the reader and the same student
+without it, with `--bf16` in bfloat16, too; and the fine-tuned models in 8 bits. A stage whose folder has scores is not
+run again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from typing import Any, NamedTuple
 from . import distill, quantize, train
 from .data.batches import WEIGHTS
 
-ANSWERS = ("describe", "transcribe", "sentiment", "joint", "text")
-MEDIA = ("draw", "say")
+# model -> its tasks and its steps of fine-tuning
+MODELS: dict[str, tuple[tuple[str, ...], int]] = {
+    "reader": (("describe", "transcribe"), 400),
+    "judge": (("sentiment", "text"), 300),
+    "comparer": (("joint",), 300),
+    "drawer": (("draw",), 200),
+    "speaker": (("say",), 150),
+}
 ABILITIES = {  # task -> what it is called, the least that is asked for
     "describe": ("describe an image", 0.97),
     "transcribe": ("transcribe audio, unseen voices", 0.90),
@@ -31,9 +38,9 @@ ABILITIES = {  # task -> what it is called, the least that is asked for
     "draw": ("draw a digit on request", 0.90),
     "say": ("say a digit on request", 0.80),
 }
-_BASE, _ANSWERS, _MEDIA, _STUDENT = 800, 1000, 700, 1500  # steps
-# So much of the answers' training is text.
-_TEXT = round(_ANSWERS * WEIGHTS["text"] / sum(WEIGHTS[task] for task in ANSWERS))
+_BASE, _STUDENT = 500, 400  # steps
+# So much of the judge's training is text.
+_TEXT = round(MODELS["judge"][1] * WEIGHTS["text"] / (WEIGHTS["sentiment"] + WEIGHTS["text"]))
 
 
 class Stage(NamedTuple):
@@ -48,22 +55,21 @@ def stages(root: Path, seed: int, bf16: bool = False) -> Iterator[Stage]:
     """What is trained for one seed, in an order in which everything that a stage starts from is there."""
     at = root / f"seed-{seed}"
     same = ["--seed", str(seed)]
-    fine = [*same, "--from", str(at / "base"), "--learning-rate", "1e-3"]
+    fine = [*same, "--from", str(at / "base")]
 
     def stage(main: Callable[[list[str]], None], name: str, *arguments: Any, before: tuple[Path, ...] = ()) -> Stage:
         return Stage(main, at / name, [str(a) for a in (*before, at / name, *arguments)])
 
-    yield stage(train.main, "base", *same, "--steps", _BASE, "--learning-rate", "1e-3", "--limit", 60)
-    yield stage(train.main, "answers", *fine, "--steps", _ANSWERS, "--tasks", *ANSWERS)
-    yield stage(train.main, "media", *fine, "--steps", _MEDIA, "--tasks", *MEDIA)
+    yield stage(train.main, "base", *same, "--steps", _BASE, "--limit", 60)
+    for name, (tasks, steps) in MODELS.items():
+        yield stage(train.main, name, *fine, "--steps", steps, "--tasks", *tasks)
+        yield stage(quantize.main, f"{name}-int8", "--tasks", *tasks, before=(at / name,))
     yield stage(train.main, "text", *fine, "--steps", _TEXT, "--tasks", "text")
-    student = [*same, "--steps", _STUDENT, "--learning-rate", "2e-3", "--tasks", *ANSWERS]
-    yield stage(distill.main, "student", *student, "--teacher", at / "answers")
+    student = [*same, "--steps", _STUDENT, "--learning-rate", "2e-3", "--tasks", *MODELS["reader"][0]]
+    yield stage(distill.main, "student", *student, "--teacher", at / "reader")
     yield stage(train.main, "student-alone", *student, "--size", "student")
     if bf16:
         yield stage(train.main, "student-alone-bf16", *student, "--size", "student", "--bf16")
-    yield stage(quantize.main, "answers-int8", "--tasks", *ANSWERS, before=(at / "answers",))
-    yield stage(quantize.main, "media-int8", "--tasks", *MEDIA, before=(at / "media",))
 
 
 def run(root: Path, seed: int, bf16: bool) -> None:
@@ -89,42 +95,39 @@ def _mean(values: list[float]) -> float:
 
 
 def _score(found: dict[str, list[dict[str, Any]]], stage: str, task: str, key: str = "scores") -> list[float]:
+    """For every seed."""
     return [entry[key][task] for entry in found[stage]]
+
+
+def _mean_score(found: dict[str, list[dict[str, Any]]], stage: str, tasks: tuple[str, ...]) -> list[float]:
+    return [_mean(list(values)) for values in zip(*(_score(found, stage, task) for task in tasks), strict=True)]
 
 
 def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[float], str]]:
     """Each line of the table: what, its value for every seed, what is asked for."""
-    for task, (name, least) in ABILITIES.items():
-        yield name, _score(found, "answers" if task in ANSWERS else "media", task), f">= {least:.0%}"
-    pairs = zip(_score(found, "answers", "text"), _score(found, "text", "text"), strict=True)
-    yield "perplexity, over that of the model of text alone", [ours / alone for ours, alone in pairs], "<= 1.05"
-    answered = [task for task in ANSWERS if task in ABILITIES]
-
-    def answers(stage: str, key: str = "scores") -> list[float]:
-        """The mean accuracy of the answers, for every seed."""
-        return [_mean(list(values)) for values in zip(*(_score(found, stage, t, key) for t in answered), strict=True)]
-
-    teacher, student, alone = answers("answers"), answers("student"), answers("student-alone")
-    sizes = [s["parameters"] / t["parameters"] for s, t in zip(found["student"], found["answers"], strict=True)]
-    yield "student's share of the parameters", sizes, "<= 25%"
-    yield "student's accuracy, of the teacher's", [s / t for s, t in zip(student, teacher, strict=True)], ">= 97%"
-    yield (
-        "student's accuracy less that of one without teacher",
-        [s - a for s, a in zip(student, alone, strict=True)],
-        "> 0",
-    )
-    for stage, tasks in (("answers-int8", answered), ("media-int8", MEDIA)):
-        lost = [
-            [b - a for b, a in zip(*(_score(found, stage, t, k) for k in ("before", "after")), strict=True)]
-            for t in tasks
-        ]
-        yield f"{stage}: bytes, of float32's", [e["bytes"][1] / e["bytes"][0] for e in found[stage]], "<= 35%"
-        yield f"{stage}: the most that an ability lost", [max(column) for column in zip(*lost, strict=True)], "<= 1%"
-    if "student-alone-bf16" in found:
-        for task in answered:
-            by_seed = {entry["seed"]: entry["scores"][task] for entry in found["student-alone"]}
-            apart = [e["scores"][task] - by_seed[e["seed"]] for e in found["student-alone-bf16"]]
-            yield f"student in bfloat16 less float32: {task}", apart, "-1% .. 1%"
+    for model, (tasks, _) in MODELS.items():
+        for task in tasks:
+            if task in ABILITIES:
+                yield ABILITIES[task][0], _score(found, model, task), f">= {ABILITIES[task][1]:.0%}"
+    pairs = zip(_score(found, "judge", "text"), _score(found, "text", "text"), strict=True)
+    yield "its perplexity, over that of text alone", [ours / alone for ours, alone in pairs], "<= 105%"
+    read = MODELS["reader"][0]
+    teacher, student, alone = (_mean_score(found, stage, read) for stage in ("reader", "student", "student-alone"))
+    sizes = [s["parameters"] / t["parameters"] for s, t in zip(found["student"], found["reader"], strict=True)]
+    yield "student of the reader: parameters", sizes, "<= 25%"
+    yield "accuracy, of the reader's", [s / t for s, t in zip(student, teacher, strict=True)], ">= 97%"
+    yield "accuracy, less that without the reader", [s - a for s, a in zip(student, alone, strict=True)], "> 0%"
+    for model, (tasks, _) in MODELS.items():
+        name = f"{model}-int8"
+        yield f"{name}: bytes, of float32's", [e["bytes"][1] / e["bytes"][0] for e in found[name]], "<= 35%"
+        for task in [t for t in tasks if t in ABILITIES]:
+            before, after = (_score(found, name, task, key) for key in ("before", "after"))
+            yield f"{name}: {task} lost", [b - a for b, a in zip(before, after, strict=True)], "<= 1%"
+    for entry in found.get("student-alone-bf16", []):
+        (single,) = (e for e in found["student-alone"] if e["seed"] == entry["seed"])
+        for task in read:
+            apart = entry["scores"][task] - single["scores"][task]
+            yield f"student in bfloat16 less float32: {task}", [apart], "-1% .. 1%"
 
 
 def show(found: dict[str, list[dict[str, Any]]]) -> None:

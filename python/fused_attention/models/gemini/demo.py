@@ -1,6 +1,6 @@
 """`python -m fused_attention.models.gemini.demo runs/base`: everything that a trained model does, in a terminal.
 
-    python -m fused_attention.models.gemini.demo runs/seed-0/answers --media runs/seed-0/media   # fine-tuned ones
+    python -m fused_attention.models.gemini.demo runs/seed-0   # the fine-tuned models of `abilities`
 
 Held-out digits and clips are described, transcribed and compared; sentences are judged and continued; a digit is drawn
 and one is said. The pictures and the clip that it makes go to a folder as PNG and WAV files.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from .abilities import MODELS
 from .audio import SAMPLING_RATE, griffin_lim
 from .data import digits
 from .data.held_out import held_out
@@ -52,16 +53,26 @@ def save_clip(samples: Tensor, path: Path) -> None:
     wavfile.write(path, SAMPLING_RATE, (scaled.numpy() * 32767).astype(np.int16))
 
 
-def show_understanding(model: GeminiForConditionalGeneration, processor: GeminiProcessor, each: int) -> None:
+def load_for(task: str, folder: Path) -> tuple[GeminiForConditionalGeneration, GeminiProcessor]:
+    """The folder's own model, or that of the folder in it whose model was fine-tuned on the task."""
+    if not (folder / "model").exists():
+        folder /= next(name for name, (tasks, _) in MODELS.items() if task in tasks)
+    torch.manual_seed(0)
+    model, processor = load(folder)
+    return model.eval(), processor
+
+
+def show_understanding(folder: Path, each: int) -> None:
     for task in ("describe", "transcribe", "joint", "sentiment"):
         print(f"\n== {task}")
-        for example, text in answers(model, processor, held_out(task)[:each]):
+        for example, text in answers(*load_for(task, folder), held_out(task)[:each]):
             if example.images:
                 print(picture(example.images[0]))
             print(f"  {example.prompt}\n  -> {text}   (right: {example.text})")
 
 
-def show_text(model: GeminiForConditionalGeneration, processor: GeminiProcessor, prompt: str) -> None:
+def show_text(folder: Path, prompt: str) -> None:
+    model, processor = load_for("text", folder)
     print("\n== a sentence continued, token by token, then by five beams")
     inputs = processor(text=prompt)
     streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
@@ -74,17 +85,17 @@ def show_text(model: GeminiForConditionalGeneration, processor: GeminiProcessor,
     print(f"  ({new} tokens in {seconds:.2f} s, five beams, int8 cache)")
 
 
-def show_generation(model: GeminiForConditionalGeneration, processor: GeminiProcessor, folder: Path, each: int) -> None:
+def show_generation(models: Path, folder: Path, each: int) -> None:
     print("\n== digits drawn")
     chosen = held_out("draw")[:each]
-    for example, image in drawn(model, processor, chosen):
+    for example, image in drawn(*load_for("draw", models), chosen):
         seen = digits.NAMES[int(digit_judge().recognise(image[None])[0])]
         assert example.answer is not None
         path = folder / f"drawn-{digits.NAMES[example.answer]}.png"
         save_picture(image, path)
         print(f"  {example.prompt}\n{picture(image)}\n  a classifier of real digits sees a {seen}; written to {path}")
     print("\n== digits said")
-    for example, frames in said(model, processor, held_out("say")[:each]):
+    for example, frames in said(*load_for("say", models), held_out("say")[:each]):
         heard = digits.NAMES[int(speech_judge().recognise([frames])[0])]
         assert example.answer is not None
         path = folder / f"said-{digits.NAMES[example.answer]}.wav"
@@ -95,23 +106,17 @@ def show_generation(model: GeminiForConditionalGeneration, processor: GeminiProc
 def main(arguments: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m fused_attention.models.gemini.demo", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("model", type=Path, help="a folder that `train` or `distill` wrote")
-    p.add_argument("--media", type=Path, help="another such folder, whose model draws and says; default the same")
+    p.add_argument("model", type=Path, help="a folder that `train` or `distill` wrote, or one of a seed of `abilities`")
     p.add_argument("--out", type=Path, default=Path("gemini-demo"), help="where pictures and clips go")
     p.add_argument("--each", type=int, default=2, help="examples of each ability")
     p.add_argument("--prompt", default="return the")
     args = p.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model, processor = load(args.model)
-    model.eval()
+    model, _ = load_for("text", args.model)
     print(f"{model.num_parameters():,} parameters, attention: {model.config._attn_implementation}")
-    show_understanding(model, processor, args.each)
-    show_text(model, processor, args.prompt)
-    if args.media is not None:
-        model, processor = load(args.media)
-        model.eval()
-    show_generation(model, processor, args.out, args.each)
+    show_understanding(args.model, args.each)
+    show_text(args.model, args.prompt)
+    show_generation(args.model, args.out, args.each)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def distill(args: argparse.Namespace) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m fused_attention.models.gemini.distill", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_recipe_arguments(p, steps=1500, rate=3e-3)
+    add_recipe_arguments(p, steps=400, rate=2e-3)
     p.add_argument("--teacher", type=Path, required=True, metavar="FOLDER", help="what `train` wrote")
     p.add_argument("--temperature", type=float, default=2.0)
     p.add_argument("--alpha", type=float, default=0.5, help="the teacher's weight in the loss, 0 to 1")

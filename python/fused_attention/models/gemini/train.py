@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m fused_attention.models.gemini.train", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_recipe_arguments(p, steps=1500, rate=2e-3)
+    add_recipe_arguments(p, steps=500, rate=1e-3)
     p.add_argument("--size", choices=SIZES, default="teacher")
     p.add_argument("--from", dest="start", type=Path, metavar="FOLDER", help="go on from a trained model: fine-tune")
     p.add_argument("--attention", choices=(NAME, "eager"), default=NAME)

@@ -5,7 +5,7 @@
 | describe | "What is in this picture? <image>" | "a handwritten seven" |
 | transcribe | "Transcribe the audio to text. <audio>" | "seven" |
 | sentiment | "the film was superb. Is this positive or negative?" | "positive" |
-| joint | "Is the spoken digit the one in the picture? <image> <audio>" | "yes" |
+| joint | "Is the spoken digit the one in the picture? <image> <audio>" | "seven and three: no" |
 | draw | "Draw a seven." | a picture |
 | say | "Say seven in a woman's voice." | a clip |
 | text | nothing | a sentence |
@@ -114,8 +114,10 @@ def classify(sentence: sentiment.Sentence, phrasing: str) -> Example:
 
 
 def compare(image: Tensor, digit: int, frames: Tensor, word: int, phrasing: str) -> Example:
+    """What is answered: the digit seen, the one heard, and whether they are the same."""
     same = digit == word
-    return Example("joint", phrasing, (image,), (frames,), text="yes" if same else "no", answer=int(same))
+    text = f"{digits.NAMES[digit]} and {digits.NAMES[word]}: {'yes' if same else 'no'}"
+    return Example("joint", phrasing, (image,), (frames,), text=text, answer=int(same))
 
 
 def draw(image: Tensor, digit: int, phrasing: str) -> Example:
