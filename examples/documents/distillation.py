@@ -43,7 +43,7 @@ def main() -> None:
                 teacher_outputs = teacher(**inputs)
             student_outputs = student(**inputs)
             loss = distillation_loss(
-                student_outputs.logits, teacher_outputs.logits, temperature=2.0, where=batch["attention_mask"].bool()
+                student_outputs.logits, teacher_outputs.logits, temperature=2.0, weights=batch["attention_mask"].bool()
             )
             optimizer.zero_grad()
             loss.backward()
