@@ -24,9 +24,9 @@ from .data.batches import WEIGHTS
 
 # model -> its tasks and its steps of fine-tuning
 MODELS: dict[str, tuple[tuple[str, ...], int]] = {
-    "reader": (("describe", "transcribe"), 400),
+    "reader": (("describe", "transcribe"), 700),
     "judge": (("sentiment", "text"), 300),
-    "comparer": (("joint",), 300),
+    "comparer": (("joint",), 600),
     "drawer": (("draw",), 200),
     "speaker": (("say",), 150),
 }
