@@ -25,7 +25,7 @@ from .data.batches import WEIGHTS
 # model -> its tasks and its steps of fine-tuning
 MODELS: dict[str, tuple[tuple[str, ...], int]] = {
     "reader": (("describe", "transcribe"), 700),
-    "judge": (("sentiment", "text"), 300),
+    "judge": (("sentiment", "text"), 600),
     "comparer": (("joint",), 600),
     "drawer": (("draw",), 200),
     "speaker": (("say",), 150),
