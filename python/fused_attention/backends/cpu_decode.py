@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, DecodeInputs, DecodeSpec, PagedKVCache
-from ..layout import output_like, rows_contiguous
+from ..layout import rows_contiguous
 from ..spec import Device, Inputs, Outputs
 from . import cpu, reference_decode
 from .params import _C, Call, call_of, describe, put_outputs
@@ -70,11 +70,8 @@ def _in_place(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> 
         table = rows_contiguous(cache.block_table)
         call.put_address("table", table)
         call.args |= {"table_step": table.stride(0), "pages": cache.num_pages, "page_size": cache.page_size}
-    output = output_like(x.query, spec.batch, spec.value_dim)
-    lse = torch.empty(x.query.shape[:3], dtype=spec.lse_dtype)
-    call.put("out", output)
-    call.put("lse", lse)
-    return _launch(call, Outputs(output, lse, None), x.tree_mask)
+    out = put_outputs(call, spec.attention(spec.capacity, spec.dtype), Inputs(x.query, cache.key, cache.value))
+    return _launch(call, out, x.tree_mask)
 
 
 def _gathered(spec: DecodeSpec, cache: Cache, x: DecodeInputs, columns: int) -> Outputs:
