@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate: pip install
 pytest.importorskip("transformers", reason="the models need transformers: pip install 'fused-attention[gemini]'")
 
 from fused_attention.models.gemini.distillation import Distillation, distillation_loss
+from fused_attention.models.gemini.precision import Float32Products
 from fused_attention.models.gemini.training import Recipe, Trainer, draw_losses, make_optimizer
 
 
@@ -83,6 +85,57 @@ def test_vectors_have_no_weight_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     groups = make_optimizer(model, Recipe()).param_groups
     assert [len(g["params"]) for g in groups] == [1, 3] and groups[1]["weight_decay"] == 0.0
+
+
+class _Products(nn.Module):
+    """A convolution, a linear layer and a batched product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv1d(3, 5, 3), nn.Linear(6, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(self.convolution(x))
+        return y @ y.mT
+
+
+def test_products_of_bfloat16_are_rounded_once() -> None:
+    """Every product against float64 of the same bfloat16 operands, forward and backward: half a unit in the last place
+    of its largest summand, and no other dtype is touched.
+    """
+    torch.manual_seed(2)
+    x, w, bias = (torch.randn(*s).bfloat16() for s in ((9, 300), (300, 11), (11,)))
+    signal, kernel = torch.randn(2, 3, 20).bfloat16(), torch.randn(5, 3, 4).bfloat16()
+    calls = {
+        "mm": lambda a, b, c, s, k: a @ b,
+        "addmm": lambda a, b, c, s, k: torch.addmm(c, a, b),
+        "bmm": lambda a, b, c, s, k: a.expand(2, 9, 300) @ b.expand(2, 300, 11),
+        "convolution": lambda a, b, c, s, k: torch.conv1d(s, k, stride=2),
+    }
+    for name, call in calls.items():
+        with Float32Products():
+            got = call(x, w, bias, signal, kernel)
+        exact = call(*(t.double() for t in (x, w, bias, signal, kernel)))
+        assert got.dtype is torch.bfloat16
+        assert (got - exact).abs().le(exact.abs() * 2.0**-8 + 1e-4).all(), name
+        with Float32Products():
+            assert call(*(t.float() for t in (x, w, bias, signal, kernel))).dtype is torch.float32
+
+
+def test_bfloat16_products_have_gradients() -> None:
+    """Under autocast, as in training: what torch's own kernels give, but for the rounding of bfloat16."""
+    torch.manual_seed(3)
+    model, x = _Products(), torch.randn(4, 3, 8)
+    found = []
+    for products in (contextlib.nullcontext(), Float32Products()):
+        model.zero_grad()
+        with products:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(x).float().square().mean()
+            loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for torchs, ours in zip(*found, strict=True):
+        assert torch.allclose(ours, torchs, rtol=2e-2, atol=2e-2 * torchs.abs().max().item())
 
 
 def test_a_plot_of_losses(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@
 For each seed: a teacher pretrained on all tasks, then fine-tuned: once to read pictures and clips, once to judge
 sentences and go on writing text with the same parameters, once each to compare, to draw and to say. Beside it a model
 of text alone, which starts where the judge does and sees as much text; a student of the reader and the same student
-without it, with `--bf16` in bfloat16, too; and the fine-tuned models in 8 bits. A stage whose folder has scores is not
-run again.
+without it; the fine-tuned models in 8 bits; and with `--bf16` the teacher and the models made of it, all over again in
+bfloat16. A stage whose folder has scores is not run again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .data.batches import WEIGHTS
 # model -> its tasks and its steps of fine-tuning
 MODELS: dict[str, tuple[tuple[str, ...], int]] = {
     "reader": (("describe", "transcribe"), 700),
-    "judge": (("sentiment", "text"), 600),
+    "judge": (("sentiment", "text"), 1000),
     "comparer": (("joint",), 600),
-    "drawer": (("draw",), 200),
+    "drawer": (("draw",), 400),
     "speaker": (("say",), 150),
 }
 ABILITIES = {  # task -> what it is called, the least that is asked for
@@ -39,6 +39,7 @@ ABILITIES = {  # task -> what it is called, the least that is asked for
     "say": ("say a digit on request", 0.80),
 }
 _BASE, _STUDENT = 500, 400  # steps
+_BF16 = "-bf16"  # ends the names of models trained in bfloat16
 # So much of the judge's training is text.
 _TEXT = round(MODELS["judge"][1] * WEIGHTS["text"] / (WEIGHTS["sentiment"] + WEIGHTS["text"]))
 
@@ -54,22 +55,25 @@ class Stage(NamedTuple):
 def stages(root: Path, seed: int, bf16: bool = False) -> Iterator[Stage]:
     """What is trained for one seed, in an order in which everything that a stage starts from is there."""
     at = root / f"seed-{seed}"
-    same = ["--seed", str(seed)]
-    fine = [*same, "--from", str(at / "base")]
 
-    def stage(main: Callable[[list[str]], None], name: str, *arguments: Any, before: tuple[Path, ...] = ()) -> Stage:
-        return Stage(main, at / name, [str(a) for a in (*before, at / name, *arguments)])
+    def stage(main: Callable[[list[str]], None], name: str, *arguments: Any) -> Stage:
+        return Stage(main, at / name, [str(a) for a in (at / name, "--seed", seed, *arguments)])
 
-    yield stage(train.main, "base", *same, "--steps", _BASE, "--limit", 60)
-    for name, (tasks, steps) in MODELS.items():
-        yield stage(train.main, name, *fine, "--steps", steps, "--tasks", *tasks)
-        yield stage(quantize.main, f"{name}-int8", "--tasks", *tasks, before=(at / name,))
-    yield stage(train.main, "text", *fine, "--steps", _TEXT, "--tasks", "text")
-    student = [*same, "--steps", _STUDENT, "--learning-rate", "2e-3", "--tasks", *MODELS["reader"][0]]
+    def trained(kind: str, *options: str) -> Iterator[Stage]:
+        yield stage(train.main, f"base{kind}", "--steps", _BASE, "--limit", 60, *options)
+        for name, (tasks, steps) in MODELS.items():
+            fine = ("--from", at / f"base{kind}", "--steps", steps, "--tasks", *tasks)
+            yield stage(train.main, f"{name}{kind}", *fine, *options)
+
+    yield from trained("")
+    for name, (tasks, _) in MODELS.items():
+        yield Stage(quantize.main, at / f"{name}-int8", [str(at / name), str(at / f"{name}-int8"), "--tasks", *tasks])
+    yield stage(train.main, "text", "--from", at / "base", "--steps", _TEXT, "--tasks", "text")
+    student = ("--steps", _STUDENT, "--learning-rate", "2e-3", "--tasks", *MODELS["reader"][0])
     yield stage(distill.main, "student", *student, "--teacher", at / "reader")
     yield stage(train.main, "student-alone", *student, "--size", "student")
     if bf16:
-        yield stage(train.main, "student-alone-bf16", *student, "--size", "student", "--bf16")
+        yield from trained(_BF16, "--bf16")
 
 
 def run(root: Path, seed: int, bf16: bool) -> None:
@@ -123,11 +127,12 @@ def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[flo
         for task in [t for t in tasks if t in ABILITIES]:
             before, after = (_score(found, name, task, key) for key in ("before", "after"))
             yield f"{name}: {task} lost", [b - a for b, a in zip(before, after, strict=True)], "<= 1%"
-    for entry in found.get("student-alone-bf16", []):
-        (single,) = (e for e in found["student-alone"] if e["seed"] == entry["seed"])
-        for task in read:
-            apart = entry["scores"][task] - single["scores"][task]
-            yield f"student in bfloat16 less float32: {task}", [apart], "-1% .. 1%"
+    for model, (tasks, _) in MODELS.items():
+        narrow = {entry["seed"]: entry["scores"] for entry in found.get(model + _BF16, [])}
+        single = {entry["seed"]: entry["scores"] for entry in found[model] if entry["seed"] in narrow}
+        for task in [t for t in tasks if t in ABILITIES and narrow]:
+            apart = [narrow[seed][task] - single[seed][task] for seed in single]
+            yield f"{task}: bfloat16 less float32", apart, "-1% .. 1%"
 
 
 def show(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -151,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("folder", type=Path, help="where all models go, or are")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--bf16", action="store_true", help="also a student in bfloat16; slow where a processor has none")
+    p.add_argument("--bf16", action="store_true", help="train all but text and students in bfloat16, too")
     p.add_argument("--print-only", action="store_true", help="train nothing")
     p.add_argument("--json", type=Path, help="write all scores there")
     args = p.parse_args(arguments)

@@ -6,6 +6,7 @@ Step i takes batch i of a source that is a function of (seed, i): a run that sto
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -18,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+
+from .precision import bfloat16_products
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -81,6 +84,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
         optimizer = make_optimizer(model, recipe)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._products = bfloat16_products if recipe.precision == "bf16" else contextlib.nullcontext
         self.step = 0
         self.log: list[dict[str, float]] = []
 
@@ -112,9 +116,10 @@ class Trainer:
             group["lr"] = self.recipe.learning_rate * self.recipe.rate(self.step)
         batch = self.batches(self.step, self.accelerator.process_index)
         batch = {name: t.to(self.accelerator.device) for name, t in batch.items()}
-        with self.accelerator.autocast():
-            found = self.losses(self.model, batch)
-        self.accelerator.backward(found["loss"])
+        with self._products():
+            with self.accelerator.autocast():
+                found = self.losses(self.model, batch)
+            self.accelerator.backward(found["loss"])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
