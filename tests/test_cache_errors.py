@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fused_attention.backends import cuda_decode
-from fused_attention.cache import Cache, DecodeInputs, KVCache, PagedKVCache, PagePool
-from fused_attention.decode import decode_attention, describe
+from fused_attention.cache import Cache, DecodeInputs, KVCache, PagedKVCache, PagePool, describe
+from fused_attention.decode import decode_attention
 from fused_attention.spec import Device, Options
 
 from .test_decode import F32, I8

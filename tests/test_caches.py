@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention import decode
+from fused_attention import steps
 from fused_attention.backends import reference_decode
 from fused_attention.cache import Cache, KVCache, PagedKVCache
 from fused_attention.decode import decode_attention
@@ -262,7 +262,7 @@ def test_what_is_forgotten_and_not_noticed_is_nan(backend: str, monkeypatch: pyt
     device = DEVICE if backend == "triton" else "cpu"
     monkeypatch.setattr("fused_attention.cache.dense.readable", lambda _: False)
     monkeypatch.setattr("fused_attention.cache.checks.readable", lambda _: False)
-    monkeypatch.setattr(decode, "readable", lambda _: False)
+    monkeypatch.setattr(steps, "readable", lambda _: False)
     with use_backend(backend):
         cache = KVCache.allocate(2, 1, 8, 4, window=4, device=device)
         for _ in range(9):

@@ -142,6 +142,16 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *_OPTIONS,
         "query,key,value",
     ),
+    "decode": lambda: (
+        *_operands(3),
+        *(None,) * 5,  # tables, slopes, sinks, tree
+        *(torch.zeros(2, 4, 9, 8) for _ in range(2)),
+        torch.tensor([3, 4], dtype=torch.int32),
+        *(None,) * 7,  # scales, pages, window, softcap, scale
+        False,
+        False,
+        None,
+    ),
 }
 
 

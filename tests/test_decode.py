@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention import decode
 from fused_attention.backends import reference_decode
-from fused_attention.cache import LIMITS, Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache
+from fused_attention.cache import LIMITS, Cache, DecodeInputs, DecodeSpec, KVCache, PagedKVCache, describe
 from fused_attention.decode import decode_attention
-from fused_attention.dispatch import BackendError, use_backend
+from fused_attention.dispatch import use_backend
 from fused_attention.functional import AttentionResult
 from fused_attention.spec import Options
 
@@ -128,7 +127,7 @@ def described(cache: Cache, arguments: dict[str, Any]) -> tuple[DecodeSpec, Deco
     new = (a.pop("query"), a.pop("key", None), a.pop("value", None))
     x = DecodeInputs(*new, cos, sin, slopes, a.pop("sinks", None), a.pop("tree_mask", None))
     left, right = a.pop("window", None) or (None, None)
-    return decode.describe(cache, x, Options(window_left=left, window_right=right, **a), interleaved), x
+    return describe(cache, x, Options(window_left=left, window_right=right, **a), interleaved), x
 
 
 def on(device: str, value: Any) -> Any:
@@ -286,11 +285,12 @@ TREES = [
     Case("tree-bf16-40-rows", (2, 4, 2, 40, 32, 32), dtype=BF16, tree="b", capacity=200),
     Case("tree-int8-40-rows-paged", (2, 2, 1, 40, 16, 16), kv_dtype=I8, tree="b", capacity=200, page=7),
     Case("tree-splits", (2, 4, 2, 5, 16, 16), capacity=1300, tree="b", sinks=True, batch_invariant=True),
-]
-BY_DEPTH = [
     Case("tree-window", (3, 4, 2, 9, 16, 16), tree="b", window=(4, 0)),
+    Case("tree-window-of-one", (3, 4, 2, 9, 16, 16), tree="b", window=(0, 5), dtype=BF16),
     Case("tree-window-alibi-rope", (3, 4, 2, 9, 16, 16), tree="b", window=(30, None), alibi="bh", rope=(16, False)),
     Case("tree-alibi-paged", (3, 4, 2, 6, 16, 16), tree="1", alibi="h", page=8),
+    Case("tree-alibi-window-int8-40-rows", (2, 4, 2, 40, 16, 16), kv_dtype=I8, tree="b", alibi="bh", window=(20, 0)),
+    Case("tree-window-softcap-splits", (2, 4, 2, 6, 16, 16), capacity=1300, tree="b", window=(900, 0), softcap=3.0),
 ]
 # fmt: on
 
@@ -302,26 +302,13 @@ def test_trees_of_drafted_tokens(case: Case, backend: str) -> None:
     test_matches_the_definition(case, backend)
 
 
-@pytest.mark.parametrize("case", BY_DEPTH, ids=str)
-def test_what_counts_by_depth_is_not_for_the_cpu_kernels(case: Case) -> None:
-    check(case, "reference")
-    with pytest.raises(BackendError, match="under a tree mask"):
-        check(case, "cpu")
-
-
-@pytest.mark.parametrize("backend", [TRITON])
-@pytest.mark.parametrize("case", BY_DEPTH, ids=str)
-def test_what_counts_by_depth(case: Case, backend: str) -> None:
-    check(case, backend)
-
-
-@pytest.mark.parametrize("case", TREES + BY_DEPTH, ids=str)
+@pytest.mark.parametrize("case", TREES, ids=str)
 def test_a_tree_is_its_branches(case: Case) -> None:
     """In float64: each row of a tree, alone in a cache that was filled along its branch."""
     case = replace(case, append=True, kv_dtype=None, dtype=torch.float64, layout="bnhd" if case.page else case.layout)
     cache, arguments = make(case, 3)
     tree = arguments.pop("tree_mask").expand(case.sizes[0], -1, -1)
-    out, _ = run("cpu" if case.name in map(str, TREES) else "reference", cache, {**arguments, "tree_mask": tree})
+    out, _ = run("cpu", cache, {**arguments, "tree_mask": tree})
     for b in range(case.sizes[0]):
         one = {k: v[b : b + 1] if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in arguments.items()}
         if case.alibi == "bh":

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attention.cache import Cache, DecodeInputs, KVCache, PagedKVCache
-from fused_attention.decode import describe
+from fused_attention.cache import Cache, DecodeInputs, KVCache, PagedKVCache, describe
 from fused_attention.spec import Options
 
 from .triton_support import INTERPRETED

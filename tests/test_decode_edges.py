@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_attention import decode
+from fused_attention import steps
 from fused_attention.backends import reference, reference_decode
 from fused_attention.backends.reference_ops import Tables, rotate
 from fused_attention.cache import Cache, KVCache, PagedKVCache
@@ -277,7 +277,7 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.lengths.equal(make(Case(""))[0].lengths), "a refused call wrote something"
     with use_backend("triton", strict=False):
         decode_attention(cache=copy.deepcopy(cache), **arguments)
-    monkeypatch.setattr(decode, "BACKENDS", {n: decode.BACKENDS[n] for n in ("triton", "reference")})
+    monkeypatch.setattr(steps, "BACKENDS", {n: steps.BACKENDS[n] for n in ("triton", "reference")})
     with pytest.warns(FallbackWarning, match="triton: "):
         decode_attention(cache=cache, **arguments)
 

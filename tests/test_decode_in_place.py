@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attention import decode
 from fused_attention.backends import cpu, cpu_decode, reference_decode
-from fused_attention.cache import Cache, KVCache, PagedKVCache
+from fused_attention.cache import Cache, DecodeInputs, KVCache, PagedKVCache, describe
 from fused_attention.decode import decode_attention
 from fused_attention.dispatch import use_backend
 from fused_attention.functional import AttentionResult
+from fused_attention.spec import Options
 
 from .test_decode import BF16, F8, F16, F32, I8, INF, NAN, Case, check, make, run
 
@@ -75,7 +75,7 @@ def test_no_copy_is_made(page: int | None, kv_dtype: torch.dtype, monkeypatch: p
 def test_more_rows_work_on_a_copy() -> None:
     for rows, in_place in ((16, True), (17, False)):
         cache, arguments = make(Case("", (1, 2, 1, rows, 16, 16), 60, F32, I8, 16, append=False))
-        spec = decode.describe(cache, decode.DecodeInputs(arguments["query"]), decode.Options())
+        spec = describe(cache, DecodeInputs(arguments["query"]), Options())
         assert cpu_decode.reads_in_place(spec) == in_place
         assert not cpu_decode.reads_in_place(replace(spec, dtype=torch.float64))
 

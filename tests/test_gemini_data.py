@@ -217,6 +217,24 @@ def test_answers_are_few_tokens(collator: Collator) -> None:
     assert all(len(target) == 4 for _, target in collator.encode(held_out("describe")[:10]))
 
 
+def test_word_dropout_hides_words_of_prompts_alone(collator: Collator) -> None:
+    """About the share that was asked for, by seed; answers, placeholders and padding stay."""
+    hiding = Collator(collator.processor, word_dropout=0.3)
+    examples = [*held_out("sentiment")[:40], *held_out("describe")[:8]]
+    plain, hidden, other = collator(examples), hiding(examples, (1, 2)), hiding(examples, (1, 3))
+    unknown = collator.processor.tokenizer.unk_token_id
+    differs = plain["input_ids"] != hidden["input_ids"]
+    assert (hidden["input_ids"][differs] == unknown).all()
+    special = torch.tensor(collator.processor.tokenizer.all_special_ids)
+    words = (plain["labels"] == -100) & ~torch.isin(plain["input_ids"], special)
+    assert not (differs & ~words).any()
+    assert 0.25 < float(differs[words].float().mean()) < 0.35
+    assert same(hidden, hiding(examples, (1, 2))) and not same(hidden, other)
+    assert all(torch.equal(plain[name], hidden[name]) for name in plain if name != "input_ids")
+    with pytest.raises(ValueError, match="word_dropout: got 1.0"):
+        Collator(collator.processor, word_dropout=1.0)
+
+
 def test_long_texts_lose_their_end(collator: Collator) -> None:
     short = Collator(collator.processor, longest=12)
     example = max(held_out("text"), key=lambda e: len(e.text or ""))

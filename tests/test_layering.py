@@ -27,11 +27,12 @@ ORDER = [
     ["sdpa", "decode", "scores", "joint", "context_parallel"],
     ["functional", "ops"],
     ["autograd"],
+    ["steps"],
     ["dispatch"],
     ["backends"],
     ["cache", "varlen"],
     ["spec", "philox", "layout"],
-    ["device", "arguments"],
+    ["device", "arguments", "tracing"],
 ]
 RANK = {name: place for place, names in enumerate(ORDER) for name in names}
 

@@ -37,10 +37,13 @@ FA_INLINE Problem make_problem(const AttentionParams& p, int64_t b, int64_t h) {
 struct Range {
   int64_t lo, hi;
 };
+// Under a tree mask a row stands at its depth, and the window on its left begins no further left than that of a root's.
 FA_INLINE Range visible(const Problem& x, int64_t row) {
-  const int64_t center = row + x.diagonal, left = x.p->window_left, right = x.p->window_right;
+  const bool tree = x.p->tree.data != nullptr;
+  const int64_t center = row + x.diagonal, left = x.p->window_left, right = tree ? -1 : x.p->window_right;
+  const int64_t standing = tree ? x.seen - x.rows : center;
   Range r{0, x.seen};
-  if (left >= 0 && left < center) r.lo = center - left;
+  if (left >= 0 && left < standing) r.lo = standing - left;
   if (x.p->causal != Causal::none) r.hi = min_of(r.hi, center + 1);
   if (right >= 0 && right < x.seen - center) r.hi = min_of(r.hi, center + right + 1);
   r.hi = max_of<int64_t>(r.hi, 0);
@@ -134,7 +137,8 @@ FA_INLINE Span panel_span(const Tile& t, int i) { return t.ragged ? t.panel[i / 
 
 // Whether a tile may hide some of its elements: only then can a NaN in K or V matter to nobody.
 FA_INLINE bool may_hide(const Problem& x, const Tile& t) {
-  return t.ragged || x.p->mask.data || x.p->bias.data || (x.p->tree.data && t.key + t.keys > x.seen - x.rows);
+  const bool tree = x.p->tree.data && (x.p->window_left >= 0 || t.key + t.keys > x.seen - x.rows);
+  return t.ragged || x.p->mask.data || x.p->bias.data || tree;
 }
 
 FA_INLINE bool has_dropout(const AttentionParams& p) { return p.dropout_p > 0.0; }

@@ -8,7 +8,7 @@ FA_BEGIN
 
 template <class T>
 struct RowBuffers {  // one row of a tile each, [kMaxKeys + 16]
-  T *mask, *bias;
+  T *mask, *bias;    // under a tree, which comes without a mask: mask holds where the keys stand
 };
 
 // Whether the products are the scores already.
@@ -38,14 +38,33 @@ FA_INLINE void load_additive(const Problem& x, const Tensor& a, const Tile& t, i
   load_strided(buf, address(a, x.b, x.h, t.row + i, t.key), a.dtype, a.stride[3], t.keys);
 }
 
-// Hides what a tree mask does of the last keys from row i, and all from a row that does not exist: one that stands
-// before the first key.
+// How deep row r of a tree is: how many rows it sees beside itself.
+FA_INLINE int64_t tree_depth(const Problem& x, int64_t r) {
+  int64_t depth = -1;
+  for (int64_t j = 0; j < x.rows; ++j) depth += *address(x.p->tree, x.b, r, j) != 0;
+  return depth;
+}
+
+// Where the keys of a tile stand, counted from the first token of the tree.
 template <class T>
-FA_INLINE void hide_branches(const Problem& x, const Tile& t, int i, T* row, Span own) {
-  const int64_t first = x.seen - x.rows, at = t.row + i;
-  const bool exists = first + at >= 0;
-  for (int64_t j = exists ? max_of<int64_t>(own.lo, first - t.key) : own.lo; j < own.hi; ++j)
-    if (!exists || *address(x.p->tree, x.b, at, t.key + j - first) == 0) row[j] = -kInf<T>;
+FA_INLINE void tree_positions(const Problem& x, const Tile& t, T* at) {
+  const int64_t before = x.seen - x.rows - t.key;
+  for (int j = 0; j < t.keys; ++j)
+    at[j] = static_cast<T>(j < before ? j - before : tree_depth(x, min_of<int64_t>(j - before, x.rows - 1)));
+}
+
+// What a tree mask makes of row i, given where keys stand: distances for ALiBi and the window; hidden are other branches,
+// and all from a row that does not exist: one that stands before the first key.
+template <class T>
+FA_INLINE void tree_row(const Problem& x, const Tile& t, int i, T* row, Span own, T alibi, const T* at) {
+  const int64_t first = x.seen - x.rows, r = t.row + i, before = first - t.key;
+  const T depth = static_cast<T>(tree_depth(x, r)), left = static_cast<T>(x.p->window_left);
+  const bool exists = first + r >= 0;
+  for (int j = own.lo; j < own.hi; ++j) {
+    const T away = depth - at[j];
+    const bool seen = exists && (j < before || *address(x.p->tree, x.b, r, j - before) != 0);
+    row[j] = seen && (left < 0 || away <= left) ? row[j] - alibi * (away < 0 ? -away : away) : -kInf<T>;
+  }
 }
 
 // Finishes a tile s [rows, ld]. Each row is defined on the span of its panel, rounded out to whole vectors, and -inf
@@ -57,13 +76,14 @@ template <class T>
   const AttentionParams& p = *x.p;
   const bool plain = plain_scores(p);
   const T alibi = p.alibi.data ? static_cast<T>(*reinterpret_cast<const float*>(address(p.alibi, x.b, x.h, 0))) : T(0);
+  if (p.tree.data) tree_positions<T>(x, t, buf.mask);
   for (int i = 0; i < t.rows; ++i) {
     T* row = s + i * ld;
     const Span own = row_span(t, i), all = panel_span(t, i);
     const int from = all.lo / VL<T> * VL<T>, to = static_cast<int>(round_up(all.hi, VL<T>));
     if (!plain) {
       if (p.softcap != 0.0) softcap_row<T>(row, slope ? slope + i * ld : nullptr, from, to, static_cast<T>(p.softcap));
-      if (p.alibi.data) {
+      if (p.alibi.data && !p.tree.data) {
         const T center = static_cast<T>(t.row + i + x.diagonal - t.key);
         for (int j = own.lo; j < own.hi; ++j) {
           const T away = center - static_cast<T>(j);
@@ -78,7 +98,7 @@ template <class T>
         load_additive(x, p.bias, t, i, buf.bias);
         add_hiding(row, buf.bias, own.lo, own.hi);
       }
-      if (p.tree.data) hide_branches(x, t, i, row, own);
+      if (p.tree.data) tree_row<T>(x, t, i, row, own, alibi, buf.mask);
     }
     for (int j = from; j < own.lo; ++j) row[j] = -kInf<T>;
     for (int j = own.hi; j < to; ++j) row[j] = -kInf<T>;

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, reference
+from .cache import Cache, DecodeInputs, KVCache, PagedKVCache
 from .dispatch import BACKENDS, select
 from .layout import merge_heads, output_like, split_heads, split_joint
 from .spec import DIFFERENTIABLE, ArgumentError, AttentionSpec, Device, Inputs, Options, Outputs, make_spec
+from .steps import decode
 
 # --- eager ----------------------------------------------------------------------------------------------------
 
@@ -299,3 +301,61 @@ def run_op(x: Inputs, o: Options) -> Outputs:
     """
     output, lse, weights = _attention_op(*x, *o)
     return Outputs(output, lse, weights if o.weights is not None else None)
+
+
+# --- traced: decoding -----------------------------------------------------------------------------------------------
+
+_HELD = ("cache_key", "cache_value", "lengths", "key_scale", "value_scale")  # what a step writes
+
+
+@torch.library.custom_op("fused_attention::decode", mutates_args=_HELD)
+def _decode_op(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    tree_mask: Tensor | None,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    lengths: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    block_table: Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    scale: float | None,
+    batch_invariant: bool,
+    interleaved: bool,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    held = (lengths, key_scale, value_scale)
+    cache: Cache = (
+        KVCache(cache_key, cache_value, *held)
+        if block_table is None
+        else PagedKVCache(cache_key, cache_value, block_table, *held)
+    )
+    x = DecodeInputs(query, key, value, cos, sin, alibi_slopes, sinks, tree_mask)
+    o = Options(None, window_left, window_right, softcap, scale, batch_invariant=batch_invariant)
+    out = decode(cache, x, o, interleaved, chunk)
+    return _laid_out_like(query, out.output), out.lse.contiguous()
+
+
+@_decode_op.register_fake
+def _decode_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    cache_value = rest[len(DecodeInputs._fields)]
+    output = output_like(query, query.shape[0], cache_value.shape[3])
+    return output, query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def run_decode_op(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool, chunk: int | None) -> Outputs:
+    """A step as an op, as `run_op`; of a cache of which it changes nothing but the tensors."""
+    table = cache.block_table if isinstance(cache, PagedKVCache) else None
+    held = (cache.key, cache.value, cache.lengths, cache.key_scale, cache.value_scale, table)
+    options = (o.window_left, o.window_right, o.softcap, o.scale, o.batch_invariant)
+    output, lse = _decode_op(*x, *held, *options, interleaved, chunk)
+    return Outputs(output, lse, None)

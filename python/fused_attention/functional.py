@@ -30,6 +30,7 @@ from .spec import (
     make_spec,
     window_sides,
 )
+from .tracing import is_traced
 
 
 class AttentionResult(NamedTuple):
@@ -63,17 +64,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def any_autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-
-def is_traced(query: object) -> bool:
-    """Whether the call must stay one op: a tracer, a dispatch mode or a tensor without plain data."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return isinstance(query, Tensor) and (
-        type(query) not in (Tensor, torch.nn.Parameter) or query.device.type == "meta"
-    )
 
 
 def _is_plain(x: Inputs) -> bool:

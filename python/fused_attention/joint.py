@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .functional import attention, is_traced
+from .functional import attention
 from .layout import merge_heads, split_joint
 from .spec import Causal, WeightsMode
+from .tracing import is_traced
 
 
 def joint_attention(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .functional import gather, is_traced
+from .functional import gather
 from .spec import ArgumentError, Causal, Options, Window, need_tensor, shape_of, window_sides
+from .tracing import is_traced
 
 
 def _check(query: Tensor, key: Tensor, given: dict[str, Tensor | None]) -> None:

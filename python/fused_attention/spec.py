@@ -273,7 +273,8 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def readable(t: Tensor) -> bool:
     """Whether the values can be looked at without a device synchronisation: real CPU data only."""
-    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and not _in_transform()
+    plain = t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not _in_transform()
 
 
 def _in_transform() -> bool:

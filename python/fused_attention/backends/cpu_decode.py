@@ -19,8 +19,6 @@ MOST_ROWS = 16  # of a query that reads a cache in place (csrc/params.h); more o
 
 def supports(spec: DecodeSpec, device: Device) -> str | None:
     """None if these kernels run `spec` on `device`, otherwise the reason why not."""
-    if spec.tree and (spec.window is not None or spec.alibi_slopes):
-        return "no window and no ALiBi under a tree mask"
     return cpu.supports(spec.attention(spec.capacity, spec.dtype), device)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..functional import any_autocast, autocast
@@ -36,27 +34,6 @@ class Call(NamedTuple):
     window: Window | None
     softcap: float | None
     scale: float | None
-
-
-Result = TypeVar("Result")
-Arguments = ParamSpec("Arguments")
-
-
-@functools.cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)  # here, because it imports the compiler
-
-
-def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function that torch.compile calls as it is: what it sends must not be traced."""
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling():
-            return _disabled(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def refuse(function: str, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:

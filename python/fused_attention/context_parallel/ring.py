@@ -24,8 +24,9 @@ from ..dispatch import BACKENDS, select
 from ..functional import AttentionResult
 from ..layout import output_like
 from ..spec import AttentionSpec, Causal, Device, Inputs, Options, Outputs, Window, make_spec
+from ..tracing import uncompiled
 from .blocks import Block, Problem, Span, blocks, steps
-from .call import Call, gather, uncompiled
+from .call import Call, gather
 from .sharding import Layout, Ranks
 
 _ELSEWHERE = "`ulysses_attention` takes it"

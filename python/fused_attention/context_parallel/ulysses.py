@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..functional import AttentionResult, attention, varlen_attention
 from ..spec import ArgumentError, Causal, Inputs, Window, check_vector
-from .call import Call, gather, uncompiled
+from ..tracing import uncompiled
+from .call import Call, gather
 from .sharding import Layout, Ranks, bad, in_order, in_shards
 
 UNSUPPORTED = {

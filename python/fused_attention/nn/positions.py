@@ -280,7 +280,7 @@ class LearnedPositionalEmbedding(nn.Module):
             if x.shape[1] > self.max_positions:
                 raise _bad("x", f"{x.shape[1]} positions in {shape_of(x)}", f"at most {self.max_positions}")
             return x + self.weight[: x.shape[1]]
-        if not torch.compiler.is_compiling() and readable(positions) and positions.numel():
+        if readable(positions) and positions.numel():
             low, high = (int(n) for n in positions.aminmax())
             if low < 0 or high >= self.max_positions:
                 was = f"a position of {low if low < 0 else high}"

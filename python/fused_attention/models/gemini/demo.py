@@ -56,7 +56,7 @@ def save_clip(samples: Tensor, path: Path) -> None:
 def load_for(task: str, folder: Path) -> tuple[GeminiForConditionalGeneration, GeminiProcessor]:
     """The folder's own model, or that of the folder in it whose model was fine-tuned on the task."""
     if not (folder / "model").exists():
-        folder /= next(name for name, (tasks, _) in MODELS.items() if task in tasks)
+        folder /= next(name for name, (tasks, *_) in MODELS.items() if task in tasks)
     torch.manual_seed(0)
     model, processor = load(folder)
     return model.eval(), processor

@@ -44,16 +44,23 @@ class Batches:
     """`batches(step, rank)` for the `Trainer`: tasks mixed by weight."""
 
     def __init__(
-        self, processor: GeminiProcessor, config: GeminiConfig, weights: Mapping[str, float], size: int, seed: int
+        self,
+        processor: GeminiProcessor,
+        config: GeminiConfig,
+        weights: Mapping[str, float],
+        size: int,
+        seed: int,
+        word_dropout: float = 0.0,
     ):
-        self.collate = Collator(processor, config.image_out_tokens, config.audio_reduction)
+        slots = (config.image_out_tokens, config.audio_reduction)
+        self.collate = Collator(processor, *slots, word_dropout=word_dropout)
         self.weights, self.size, self.seed = weights, size, seed
         self._stream: MixedBatches | None = None
 
     def __call__(self, step: int, rank: int) -> dict[str, Tensor]:
         if self._stream is None or self._stream.step != step or self._stream.rank != rank:
             self._stream = MixedBatches(self.weights, self.size, self.seed, start=step, rank=rank)
-        return self.collate(next(self._stream))
+        return self.collate(next(self._stream), (self.seed, rank, step))
 
 
 def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +137,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if args.checkpoint_layers:
         model.gradient_checkpointing_enable()
     weights = {task: WEIGHTS[task] for task in args.tasks}
-    batches = Batches(processor, model.config, weights, args.batch_size, args.seed)
+    batches = Batches(processor, model.config, weights, args.batch_size, args.seed, args.word_dropout)
     trainer = Trainer(model, recipe_of(args), batches, losses, args.folder)
     return complete(trainer, processor, args)
 
@@ -142,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--size", choices=SIZES, default="teacher")
     p.add_argument("--from", dest="start", type=Path, metavar="FOLDER", help="go on from a trained model: fine-tune")
     p.add_argument("--attention", choices=(NAME, "eager"), default=NAME)
+    p.add_argument("--word-dropout", type=float, default=0.0, help="the share of a prompt's words that are hidden")
     p.add_argument("--checkpoint-layers", action="store_true", help="recompute layers in the backward pass, for memory")
     train(p.parse_args(arguments))
 
