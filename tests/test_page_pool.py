@@ -27,17 +27,26 @@ class Histories(RuleBasedStateMachine):
     """
 
     ids: Bundle[int] = Bundle("ids")
+    window: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PagedKVCache.managed(MOST, PAGES, 2, SIZE, 2, dtype=torch.float64)
+        self.cache = PagedKVCache.managed(MOST, PAGES, 2, SIZE, 2, dtype=torch.float64, window=self.window)
         self.model: dict[int, list[float]] = {}
         self.token = 0.0
 
     def _needed(self, batch: list[int], rows: int) -> int:
-        """Pages that appending takes: for new tokens, and for copies of pages that are shared and not full."""
+        """Pages that appending takes: for new tokens, and for copies of pages that are shared and not full; less those
+        that it gives up.
+        """
         pool, needed = self.cache.pool, 0
-        holders = {p: pool.holders(p) for s in batch for p in pool.pages(s)}
+        holders = {p: pool.holders(p) for s in batch for p in pool.pages(s) if p >= 0}
+        for s in batch:
+            pages, length = pool.pages(s), pool.length(s)
+            behind = 0 if self.window is None or not rows else max(length - self.window, 0) // SIZE
+            for page in pages[pool.forgotten(s) // SIZE : behind]:
+                holders[page] -= 1
+                needed -= not holders[page]
         for s in batch:
             pages, length = pool.pages(s), pool.length(s)
             needed += max(-(-(length + rows) // SIZE) - len(pages), 0)
@@ -45,6 +54,11 @@ class Histories(RuleBasedStateMachine):
                 holders[pages[length // SIZE]] -= 1
                 needed += 1
         return needed
+
+    def _lost(self, sequence: int, tokens: int | None) -> bool:
+        """Whether the first `tokens` tokens end before a window of which something was given up."""
+        gone = self.cache.pool.forgotten(sequence)
+        return bool(tokens and gone and self.window is not None and tokens < gone + self.window)
 
     @rule(target=ids, count=st.integers(0, 2))
     def add(self, count: int) -> Any:
@@ -60,6 +74,10 @@ class Histories(RuleBasedStateMachine):
             return multiple()
         whole = self.model[sequence]
         tokens = None if share is None else int(share * len(whole))
+        if self._lost(sequence, tokens):
+            with pytest.raises(ArgumentError, match="tokens"):
+                self.cache.fork(sequence, tokens)
+            return multiple()
         new = self.cache.fork(sequence, tokens)
         self.model[new] = whole[:tokens]
         return new
@@ -87,15 +105,17 @@ class Histories(RuleBasedStateMachine):
             len(batch), 1, rows, 1
         )
         new = new.expand(len(batch), 2, rows, 2)
+        looks = None if self.window is None else (self.window, 0)
         short = any(len(self.model[s]) + rows > MOST for s in batch)
         if short or self._needed(batch, rows) > cache.pool.free_pages:
             before = copy.deepcopy(vars(cache.pool))
             with use_backend("reference"), pytest.raises(ArgumentError, match="cache"):
-                decode_attention(new, cache, new, -new)
+                decode_attention(new, cache, new, -new, window=looks)
             assert vars(cache.pool) == before, "a refused call took something"
             return
         with use_backend("reference"):
-            decode_attention(new, cache, new, -new)
+            out = decode_attention(new, cache, new, -new, window=looks)
+        assert isinstance(out, torch.Tensor) and not out.isnan().any()
         self.token += new[:, 0, :, 0].numel()
         for s, tokens in zip(batch, new[:, 0, :, 0].tolist(), strict=True):
             self.model[s] += tokens
@@ -109,6 +129,12 @@ class Histories(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 10))
     def truncate(self, tokens: int) -> None:
+        if any(self._lost(s, min(tokens, len(self.model[s]))) for s in self.cache.sequences):
+            before = copy.deepcopy(vars(self.cache.pool))
+            with pytest.raises(ArgumentError, match="tokens"):
+                self.cache.truncate(tokens)
+            assert vars(self.cache.pool) == before
+            return
         self.cache.truncate(tokens)
         for s in self.cache.sequences:
             del self.model[s][tokens:]
@@ -119,8 +145,10 @@ class Histories(RuleBasedStateMachine):
         ids = self.cache.sequences
         rows = [data.draw(st.lists(st.integers(0, last - 1), max_size=last) if last else st.just([])) for _ in ids]
         pool, before = self.cache.pool, copy.deepcopy(vars(self.cache.pool))
-        if any(len(self.model[s]) < last for s in ids):
-            with pytest.raises(ArgumentError, match="last"):
+        lost = any(self._lost(s, len(self.model[s]) - last + len(r)) for s, r in zip(ids, rows, strict=True))
+        gone = any(len(self.model[s]) - pool.forgotten(s) < last for s in ids)
+        if lost or gone or any(len(self.model[s]) < last for s in ids):
+            with pytest.raises(ArgumentError, match="last|rows"):
                 self.cache.keep(rows, last)
             assert vars(pool) == before
             return
@@ -142,14 +170,15 @@ class Histories(RuleBasedStateMachine):
         columns = max((len(t) for t in self.model.values()), default=0)
         key, value = reference_decode.dense(cache, columns, torch.float64)
         for b, tokens in enumerate(self.model.values()):
-            found = torch.cat([key[b, :, : len(tokens)], -value[b, :, : len(tokens)]])
-            wanted = torch.tensor(tokens, dtype=torch.float64)[None, :, None].expand_as(found)
+            gone = cache.pool.forgotten(cache.sequences[b])
+            found = torch.cat([key[b, :, gone : len(tokens)], -value[b, :, gone : len(tokens)]])
+            wanted = torch.tensor(tokens[gone:], dtype=torch.float64)[None, :, None].expand_as(found)
             assert torch.equal(found, wanted)
 
     @invariant()
     def no_page_is_lost(self) -> None:
         pool = self.cache.pool
-        held = [p for s in pool.sequences for p in pool.pages(s)]
+        held = [p for s in pool.sequences for p in pool.pages(s) if p >= 0]
         assert [pool.holders(p) for p in range(PAGES)] == [held.count(p) for p in range(PAGES)]
         assert pool.free_pages + len(set(held)) == PAGES
         if not self.model:
@@ -160,6 +189,63 @@ Histories.TestCase.settings = settings(
     max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestHistories = Histories.TestCase
+
+
+class WindowedHistories(Histories):
+    """Pages behind the window go, and whatever is refused for that changes nothing."""
+
+    window = 4
+
+
+WindowedHistories.TestCase.settings = Histories.TestCase.settings
+TestWindowedHistories = WindowedHistories.TestCase
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("chunks", [[1] * 70, [23, 1, 1, 1, 30, 2, 12]], ids=["tokens", "chunks"])
+def test_a_long_history_in_few_pages(chunks: list[int], kv_dtype: torch.dtype, backend: str) -> None:
+    """What a window shows of 70 tokens, in pages that come back: as with all of them kept."""
+    few = PagedKVCache.managed(80, 16, 2, SIZE, 8, kv_dtype=kv_dtype, window=10)
+    all_kept = PagedKVCache.managed(80, 60, 2, SIZE, 8, kv_dtype=kv_dtype)
+    generator = torch.Generator().manual_seed(0)
+    for cache in (few, all_kept):
+        cache.add(2)
+    if len(chunks) < 70:
+        few = PagedKVCache.managed(80, 40, 2, SIZE, 8, kv_dtype=kv_dtype, window=10)
+        few.add(2)
+    most = 0
+    with use_backend(backend):
+        for rows in chunks:
+            q, k, v = (torch.randn(2, h, rows, 8, generator=generator) for h in (4, 2, 2))
+            got, wanted = (decode_attention(q, c, k, v, window=(10, 0), softcap=9.0) for c in (few, all_kept))
+            torch.testing.assert_close(got, wanted)
+            again = decode_attention(q[:, :, -1:], few, window=(10, 0), softcap=9.0)
+            torch.testing.assert_close(again, got[:, :, -1:])  # type: ignore[index]
+            most = max(most, *(sum(p >= 0 for p in few.pool.pages(s)) for s in few.sequences))
+    assert most <= 10 // SIZE + 2 + -(-max(chunks) // SIZE)
+    assert few.lengths.tolist() == [70, 70]
+
+
+def test_a_window_that_is_gone_is_refused() -> None:
+    cache = PagedKVCache.managed(80, 16, 2, SIZE, 8, window=10)
+    (sequence,) = cache.add()
+    x = torch.randn(1, 2, 1, 8)
+    for wide in (None, (11, 0)):
+        with pytest.raises(ArgumentError, match=r"window\[0\] \(left\).*at most the cache's window, 10"):
+            decode_attention(x, cache, x, x, window=wide)
+    for _ in range(30):
+        decode_attention(x, cache, x, x, window=(10, 0))
+    assert cache.pool.forgotten(sequence) == 18 and cache.pool.least(sequence) == 28
+    with pytest.raises(ArgumentError, match="query: got 5 rows"):
+        decode_attention(x.expand(1, 2, 5, 8), cache, window=(10, 0))
+    decode_attention(x.expand(1, 2, 2, 8), cache, window=(10, 0))
+    with pytest.raises(ArgumentError, match="tokens: got 27, expected 0 or 28 .. 30"):
+        cache.truncate(27)
+    cache.reset()
+    assert cache.pool.free_pages == 16 and cache.pool.forgotten(sequence) == 0
+    with pytest.raises(ArgumentError, match="window: got -1, expected at least 0"):
+        PagedKVCache.managed(80, 16, 2, SIZE, 8, window=-1)
 
 
 def test_full_pages_stay_shared() -> None:

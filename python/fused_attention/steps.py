@@ -71,8 +71,8 @@ def _kind(cache: Cache, x: DecodeInputs, o: Options) -> Any:
             return None
         new = (k.shape, k.dtype, k.layout, k.device, v.shape, v.dtype, v.layout, v.device)
     check_options(o)  # before it is a key: True equals 1 there, and a list cannot be hashed
-    page = cache.window if isinstance(cache, KVCache) else (cache.page_size, cache.num_pages, cache.block_table.shape)
-    held = (type(cache), cache.key.shape, cache.value.shape, cache.kv_dtype, page)
+    pages = None if isinstance(cache, KVCache) else (cache.page_size, cache.num_pages, cache.block_table.shape)
+    held = (type(cache), cache.key.shape, cache.value.shape, cache.kv_dtype, cache.window, pages)
     return held, q.shape, q.dtype, q.layout, q.device, new, o, requested()
 
 

@@ -87,11 +87,10 @@ def _check_no_gradients(cache: Cache, x: DecodeInputs) -> None:
             refuse(name, "a tensor that requires grad", "none: decode_attention has no derivative (torch.no_grad())")
 
 
-def _check_window(cache: KVCache, left: int | None) -> None:
-    """What a rolling cache forgets, no row may want to see."""
-    assert cache.window is not None
-    if left is None or left > cache.window:
-        refuse("window[0] (left)", left, f"at most the rolling cache's window, {cache.window}")
+def _check_window(cache: Cache, left: int | None) -> None:
+    """What a cache forgets, no row may want to see."""
+    if cache.window is not None and (left is None or left > cache.window):
+        refuse("window[0] (left)", left, f"at most the cache's window, {cache.window}")
 
 
 def _check_values(cache: Cache, x: DecodeInputs, left: int | None) -> None:
@@ -122,6 +121,8 @@ def _check_values(cache: Cache, x: DecodeInputs, left: int | None) -> None:
 def check_step(cache: Cache, x: DecodeInputs, o: Options) -> None:
     """What may change from step to step: who requires grad, and what the cache holds."""
     _check_no_gradients(cache, x)
+    if isinstance(cache, PagedKVCache) and x.key is None:
+        cache.check_window(x.query.shape[2], o.window_left)
     _check_values(cache, x, o.window_left)
 
 
@@ -148,8 +149,7 @@ def describe(cache: Cache, x: DecodeInputs, o: Options, interleaved: bool = Fals
             refuse(f"{name}.dtype", t.dtype, "a floating dtype")
     _check_tree(x)
     rolling = isinstance(cache, KVCache) and cache.window is not None
-    if isinstance(cache, KVCache) and rolling:
-        _check_window(cache, o.window_left)
+    _check_window(cache, o.window_left)
     check_step(cache, x, o)
     window = None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right)
     return DecodeSpec(

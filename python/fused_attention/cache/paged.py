@@ -115,6 +115,7 @@ class PagedKVCache(Storage):
         dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
         device: Any = None,
+        window: int | None = None,
     ) -> PagedKVCache:
         """Pages of a pool, and no sequence yet: see `add`.
 
@@ -122,8 +123,11 @@ class PagedKVCache(Storage):
             max_tokens: that one sequence can hold, rounded up to whole pages.
             num_pages, kv_heads, page_size, head_dim: pages in all, HK, tokens a page, D.
             value_dim, dtype, kv_dtype, device: as in `KVCache.allocate`.
+            window: how many tokens left of its own a row may look at; None: all of them. A sequence gives up the pages
+                behind it when tokens are appended, and then holds at most window / page_size + 2 beside those of the
+                new tokens.
         """
-        pool = PagePool(num_pages, page_size)
+        pool = PagePool(num_pages, page_size, window)
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
             raise TypeError(f"max_tokens: got {max_tokens!r}, expected an int")
         if max_tokens < 1:
@@ -144,6 +148,11 @@ class PagedKVCache(Storage):
     def pool(self) -> PagePool:
         """Who counts the pages; its `free_pages` says how many are left."""
         return self._batch().pool
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens left of its own a row may look at, where a pool gives up the pages behind them."""
+        return None if self.managed_by is None else self.managed_by.pool.window
 
     @property
     def sequences(self) -> list[int]:
@@ -202,7 +211,9 @@ class PagedKVCache(Storage):
 
     def truncate(self, tokens: int | SequenceOf[int]) -> None:
         """Forget all from position `tokens` on, one number for all sequences of the batch or one for each, as when
-        drafted tokens were rejected; pages past it are given up. What is shorter already stays as it is."""
+        drafted tokens were rejected; pages past it are given up. What is shorter already stays as it is. Where pages
+        were given up behind a window, what it shows to the next row has to stay, or nothing, and all begins anew.
+        """
         if isinstance(tokens, int):
             tokens = [tokens] * self.batch
         if len(tokens) != self.batch:
@@ -225,8 +236,11 @@ class PagedKVCache(Storage):
         index, count = (t.tolist() for t in chosen_rows(rows, self.batch, last, torch.device("cpu")))
         firsts = [pool.length(s) - last for s in ids]
         for b, first in enumerate(firsts):
-            if first < 0:
-                refuse("last", last, f"at most the {first + last} tokens of sequence {ids[b]}")
+            held = first + last - pool.forgotten(ids[b])
+            if last > held:
+                refuse("last", last, f"at most the {held} tokens of sequence {ids[b]}")
+            if first + count[b] < pool.least(ids[b]):
+                refuse("rows", f"{count[b]} of them", f"at least {pool.least(ids[b]) - first} for sequence {ids[b]}")
         ends = [first + n for first, n in zip(firsts, count, strict=True)]
         self._copy_pages(pool.own(ids, list(zip(firsts, ends, strict=True))))
         moves = [
@@ -299,6 +313,16 @@ class PagedKVCache(Storage):
         if self.managed_by is not None and rows:
             self.managed_by.pool.advance(self.managed_by.sequences, rows)
             self.managed_by.lengths = [n + rows for n in self.managed_by.lengths]
+
+    def check_window(self, rows: int, left: int | None) -> None:
+        """The last rows, without new tokens, may look only at what is still there."""
+        if self.window is None or left is None:
+            return
+        batch = self._batch()
+        for s in batch.sequences:
+            gone = batch.pool.forgotten(s)
+            if gone and batch.pool.length(s) - rows - left < gone:
+                refuse("query", f"{rows} rows", f"rows whose window sequence {s} has not given up, or a key beside it")
 
     def check_pages(self, ends: Tensor, rows: int, appended: int, left: int | None) -> None:
         """Every page that is read or written must exist, and none may be written for two sequences."""

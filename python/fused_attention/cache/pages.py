@@ -2,7 +2,8 @@
 
 A sequence is a list of pages and a length; token t lies in row t % page_size of its page t // page_size. A page may
 belong to several sequences, which is counted. Forked sequences share all their pages; who appends to a page that is
-shared and not full first gets a copy of it (copy-on-write), full pages stay shared.
+shared and not full first gets a copy of it (copy-on-write), full pages stay shared. Under a window a sequence gives up
+the pages that no later row looks at; in their places in its list stands NO_PAGE.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from dataclasses import dataclass, field
 
 from .storage import refuse
 
+NO_PAGE = -1
+
 
 @dataclass
 class Sequence:
-    """Pages in the order of their tokens. There may be more of them than the length needs: room taken in advance."""
+    """Pages in the order of their tokens. There may be more of them than the length needs: room taken in advance.
+
+    gone: so many of the first pages were given up behind a window.
+    """
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
+    gone: int = 0
 
 
 class PagePool:
@@ -27,15 +34,19 @@ class PagePool:
 
     Raises (every method that takes one):
         ArgumentError: no such sequence, one that was freed, twice the same, or too few free pages.
+
+    window: how many tokens left of its own a row may look at; None: all of them.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        for name, n in (("num_pages", num_pages), ("page_size", page_size)):
+    def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
+        for name, n, least in (("num_pages", num_pages, 1), ("page_size", page_size, 1), ("window", window, 0)):
+            if n is None and name == "window":
+                continue
             if isinstance(n, bool) or not isinstance(n, int):
                 raise TypeError(f"{name}: got {n!r}, expected an int")
-            if n < 1:
-                refuse(name, n, "at least 1")
-        self.num_pages, self.page_size = num_pages, page_size
+            if n < least:
+                refuse(name, n, f"at least {least}")
+        self.num_pages, self.page_size, self.window = num_pages, page_size, window
         self._free = list(range(num_pages - 1, -1, -1))  # the last one is taken first
         self._holders = [0] * num_pages
         self._sequences: dict[int, Sequence] = {}
@@ -75,6 +86,15 @@ class PagePool:
         """The pages of a sequence, in the order of its tokens."""
         return self._of(sequence).pages
 
+    def forgotten(self, sequence: int) -> int:
+        """How many tokens a sequence has given up behind the window."""
+        return self._of(sequence).gone * self.page_size
+
+    def least(self, sequence: int) -> int:
+        """So many of its tokens a sequence has to keep for the next row's window, unless it keeps none."""
+        s = self._of(sequence)
+        return s.gone * self.page_size + self.window if s.gone and self.window is not None else 0
+
     def holders(self, page: int) -> int:
         """How many sequences hold a page."""
         return self._holders[page]
@@ -84,6 +104,8 @@ class PagePool:
 
     def _release(self, pages: list[int]) -> None:
         for page in reversed(pages):
+            if page == NO_PAGE:
+                continue
             self._holders[page] -= 1
             if not self._holders[page]:
                 self._free.append(page)
@@ -100,34 +122,41 @@ class PagePool:
     def fork(self, sequence: int, tokens: int | None = None) -> int:
         """A new sequence that shares the first `tokens` tokens (None: all) of another one. Takes no page."""
         parent = self._of(sequence)
-        length = parent.length if tokens is None else self._checked(tokens, parent.length, sequence)
+        length = parent.length if tokens is None else self._checked(tokens, sequence)
+        return self._add(self._share(parent, length))
+
+    def _share(self, parent: Sequence, length: int) -> Sequence:
+        """What begins with the same tokens and holds the same pages."""
         pages = parent.pages[: self._needed(length)]
         for page in pages:
-            self._holders[page] += 1
-        return self._add(Sequence(pages, length))
+            if page != NO_PAGE:
+                self._holders[page] += 1
+        return Sequence(pages, length, parent.gone if length else 0)
 
     def free(self, sequence: int) -> None:
         """Give the sequence up, and the pages that no other one holds."""
         self._release(self._of(sequence).pages)
         del self._sequences[sequence]
 
-    @staticmethod
-    def _checked(tokens: int, length: int, sequence: int) -> int:
+    def _checked(self, tokens: int, sequence: int) -> int:
         if isinstance(tokens, bool) or not isinstance(tokens, int):
             raise TypeError(f"tokens: got {tokens!r}, expected an int")
-        if not 0 <= tokens <= length:
-            refuse("tokens", tokens, f"0 .. {length}, the length of sequence {sequence}")
+        least, length = self.least(sequence), self.length(sequence)
+        if tokens and not least <= tokens <= length or tokens < 0:
+            refuse(
+                "tokens", tokens, f"{f'0 or {least}' if least else 0} .. {length}, the length of sequence {sequence}"
+            )
         return tokens
 
     def truncate(self, sequences: SequenceOf[int], tokens: SequenceOf[int]) -> None:
         """Keep the first tokens[i] tokens of each sequence; pages past them are given up."""
         self.check(sequences)
         for sequence, n in zip(sequences, tokens, strict=True):
-            self._checked(n, self._of(sequence).length, sequence)
+            self._checked(n, sequence)
         for sequence, n in zip(sequences, tokens, strict=True):
             s = self._of(sequence)
             self._release(s.pages[self._needed(n) :])
-            s.pages, s.length = s.pages[: self._needed(n)], n
+            s.pages, s.length, s.gone = s.pages[: self._needed(n)], n, s.gone if n else 0
 
     def own(self, sequences: SequenceOf[int], spans: SequenceOf[tuple[int, int]]) -> list[tuple[int, int]]:
         """Let each sequence alone hold the pages of its tokens spans[i][0] .. spans[i][1], which it has: they are about
@@ -158,7 +187,8 @@ class PagePool:
         return old, s.pages[slot]
 
     def make_room(self, sequences: SequenceOf[int], rows: int) -> list[tuple[int, int]]:
-        """Take what `rows` more tokens of each sequence need; their lengths stay as they are.
+        """Take what `rows` more tokens of each sequence need; their lengths stay as they are. What lies behind the
+        window of the first of them is given up before.
 
         Returns:
             Pages to copy before anything is appended, (from, to).
@@ -166,6 +196,10 @@ class PagePool:
         self.check(sequences)
         wanted, leaving = 0, Counter[int]()
         shared: list[Sequence] = []
+        behind = [self._behind(s) if rows else s.gone for s in map(self._of, sequences)]
+        for s, gone in zip(map(self._of, sequences), behind, strict=True):
+            leaving.update(s.pages[s.gone : gone])
+        freed = sum(self._holders[page] == n for page, n in leaving.items())
         for s in map(self._of, sequences):
             wanted += max(self._needed(s.length + rows) - len(s.pages), 0)
             if rows and s.length % self.page_size:
@@ -173,12 +207,22 @@ class PagePool:
                 if self._holders[page] - leaving[page] > 1:  # the last of those who share it here may keep it
                     leaving[page] += 1
                     shared.append(s)
-        self._need_free(wanted + len(shared))
+        self._need_free(wanted + len(shared) - freed)
+        for s, gone in zip(map(self._of, sequences), behind, strict=True):
+            self._release(s.pages[s.gone : gone])
+            s.pages[s.gone : gone] = [NO_PAGE] * (gone - s.gone)
+            s.gone = gone
         copies = [self._copy(s, s.length // self.page_size) for s in shared]
         for s in map(self._of, sequences):
             while len(s.pages) < self._needed(s.length + rows):
                 s.pages.append(self._take())
         return copies
+
+    def _behind(self, s: Sequence) -> int:
+        """How many of the first pages no row from the next token on looks at."""
+        if self.window is None:
+            return 0
+        return max(s.gone, (s.length - self.window) // self.page_size)
 
     def _take(self) -> int:
         page = self._free.pop()
@@ -199,10 +243,7 @@ class PagePool:
         if len(order) != len(sequences) or any(not 0 <= i < len(sequences) for i in order):
             refuse("beam_idx", list(order), f"{len(sequences)} indices in 0 .. {len(sequences) - 1}")
         before = [self._of(s) for s in sequences]
-        after = [Sequence(list(before[i].pages[: self._needed(before[i].length)]), before[i].length) for i in order]
-        for s in after:
-            for page in s.pages:
-                self._holders[page] += 1
+        after = [self._share(before[i], before[i].length) for i in order]
         for s in before:
             self._release(s.pages)
         self._sequences.update(zip(sequences, after, strict=True))
