@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...integrations.transformers import NAME
 from .configuration import GeminiConfig, student_config, teacher_config
 from .data.batches import WEIGHTS, Collator, MixedBatches
-from .data.tasks import tokenizer_corpus
+from .data.tasks import insert_words, tokenizer_corpus
 from .evaluation import evaluate
 from .generation import GeminiForConditionalGeneration
 from .processing import GeminiProcessor
@@ -41,7 +42,7 @@ def make_processor(config: GeminiConfig | None = None, vocab_size: int = VOCABUL
 
 
 class Batches:
-    """`batches(step, rank)` for the `Trainer`: tasks mixed by weight."""
+    """`batches(step, rank)` for the `Trainer`: tasks mixed by weight; insertion: see `insert_words`."""
 
     def __init__(
         self,
@@ -50,17 +51,20 @@ class Batches:
         weights: Mapping[str, float],
         size: int,
         seed: int,
-        word_dropout: float = 0.0,
+        insertion: float = 0.0,
     ):
-        slots = (config.image_out_tokens, config.audio_reduction)
-        self.collate = Collator(processor, *slots, word_dropout=word_dropout)
-        self.weights, self.size, self.seed = weights, size, seed
+        self.collate = Collator(processor, config.image_out_tokens, config.audio_reduction)
+        self.weights, self.size, self.seed, self.insertion = weights, size, seed, insertion
         self._stream: MixedBatches | None = None
 
     def __call__(self, step: int, rank: int) -> dict[str, Tensor]:
         if self._stream is None or self._stream.step != step or self._stream.rank != rank:
             self._stream = MixedBatches(self.weights, self.size, self.seed, start=step, rank=rank)
-        return self.collate(next(self._stream), (self.seed, rank, step))
+        examples = next(self._stream)
+        if self.insertion:
+            rng = np.random.default_rng([self.seed, rank, step])
+            examples = [insert_words(example, rng, self.insertion) for example in examples]
+        return self.collate(examples)
 
 
 def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +141,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if args.checkpoint_layers:
         model.gradient_checkpointing_enable()
     weights = {task: WEIGHTS[task] for task in args.tasks}
-    batches = Batches(processor, model.config, weights, args.batch_size, args.seed, args.word_dropout)
+    batches = Batches(processor, model.config, weights, args.batch_size, args.seed, args.insertion)
     trainer = Trainer(model, recipe_of(args), batches, losses, args.folder)
     return complete(trainer, processor, args)
 
@@ -149,7 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--size", choices=SIZES, default="teacher")
     p.add_argument("--from", dest="start", type=Path, metavar="FOLDER", help="go on from a trained model: fine-tune")
     p.add_argument("--attention", choices=(NAME, "eager"), default=NAME)
-    p.add_argument("--word-dropout", type=float, default=0.0, help="the share of a prompt's words that are hidden")
+    more = "put words without meaning before this share of the prompts' words"
+    p.add_argument("--insertion", type=float, default=0.0, metavar="SHARE", help=more)
     p.add_argument("--checkpoint-layers", action="store_true", help="recompute layers in the backward pass, for memory")
     train(p.parse_args(arguments))
 

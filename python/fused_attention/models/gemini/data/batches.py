@@ -31,36 +31,23 @@ class Collator:
         image_slots: patches of a generated picture; the model's `image_out_tokens`.
         audio_reduction: mel frames to a slot of a generated clip.
         longest: tokens; a longer target text loses its end and its `<eos>`.
-        word_dropout: the share of a prompt's pieces that become `<unk>`, so that no answer hangs on the words around
-            what decides it (Iyyer et al., "Deep Unordered Composition Rivals Syntactic Methods", 2015).
     """
 
     def __init__(
-        self,
-        processor: GeminiProcessor,
-        image_slots: int = 16,
-        audio_reduction: int = 4,
-        longest: int = 160,
-        word_dropout: float = 0.0,
+        self, processor: GeminiProcessor, image_slots: int = 16, audio_reduction: int = 4, longest: int = 160
     ) -> None:
-        if not 0.0 <= word_dropout < 1.0:
-            raise ValueError(f"word_dropout: got {word_dropout}, expected 0 or more and less than 1")
-        self.processor, self.image_slots, self.word_dropout = processor, image_slots, word_dropout
+        self.processor, self.image_slots = processor, image_slots
         self.audio_reduction, self.longest = audio_reduction, longest
         self._slots = torch.tensor(processor.tokenizer.convert_tokens_to_ids(["<image_out>", "<audio_out>"]))
 
-    def __call__(self, examples: Sequence[Example], seed: Sequence[int] = (0,)) -> dict[str, Tensor]:
-        """seed: of the pieces that are dropped. Returns
-
-        input_ids, attention_mask, labels [B, S] int64, and label_weights [B, S] float32: 1 / sqrt(n) for each of the
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """input_ids, attention_mask, labels [B, S] int64, and label_weights [B, S] float32: 1 / sqrt(n) for each of the
         n tokens of a target text, 0 elsewhere. With 1 for all, the long texts would drown the answers of a word, and
         1 / n would drown the texts. Then, where there are any, in the order of the examples,
         pixel_values [N, 1, 8, 8], input_features [N, 40, T] with feature_lengths [N], image_targets [N, 1, 8, 8], and
         audio_targets [N, 40, T'] with target_lengths [N], T' a multiple of `audio_reduction`, silent after the end.
         """
         pairs = self.encode(examples)
-        if self.word_dropout:
-            pairs = self._without_words(pairs, np.random.default_rng(list(seed)))
         ids = [torch.tensor(prompt + target) for prompt, target in pairs]
         labels = [torch.tensor([IGNORED] * len(prompt) + target) for prompt, target in pairs]
         pad = self.processor.tokenizer.pad_token_id
@@ -99,22 +86,6 @@ class Collator:
                 raise ValueError(f"an example of {example.task} has over {self.longest} tokens")
             pairs.append((prompt, [*target, tokenizer.eos_token_id][:room]))
         return pairs
-
-    def _without_words(
-        self, pairs: list[tuple[list[int], list[int]]], rng: np.random.Generator
-    ) -> list[tuple[list[int], list[int]]]:
-        """Every prompt with some of its pieces unknown; placeholders of media and the like stay."""
-        tokenizer = self.processor.tokenizer
-        stays = set(tokenizer.all_special_ids)
-        found = []
-        for prompt, target in pairs:
-            drops = rng.random(len(prompt)) < self.word_dropout
-            words = [
-                tokenizer.unk_token_id if drop and piece not in stays else piece
-                for piece, drop in zip(prompt, drops, strict=True)
-            ]
-            found.append((words, target))
-        return found
 
     def _target(self, example: Example) -> str:
         if example.image is not None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -98,6 +98,26 @@ def training_example(task: str, rng: np.random.Generator) -> Example:
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {list(TASKS)}")
     return TASKS[task](rng)
+
+
+@functools.cache
+def _words_between() -> tuple[str, ...]:
+    """Words of the training texts that nobody has rated."""
+    found = {word for sentence in text.sentences("train") for word in re.findall("[a-z]{2,}", sentence.lower())}
+    return tuple(sorted(found - set(sentiment.lexicon())))
+
+
+def insert_words(example: Example, rng: np.random.Generator, share: float) -> Example:
+    """The same with words that mean nothing here put before this share of its prompt's words, so that no answer hangs
+    on what stands around the word that decides it (random insertion; Wei and Zou, "EDA", 2019).
+    """
+    words = example.prompt.split()
+    between = _words_between()
+    added = [
+        between[i] if put else ""
+        for i, put in zip(rng.integers(len(between), size=len(words)), rng.random(len(words)) < share, strict=True)
+    ]
+    return replace(example, prompt=" ".join(f"{new} {word}".strip() for new, word in zip(added, words, strict=True)))
 
 
 def describe(image: Tensor, digit: int, phrasing: str) -> Example:
