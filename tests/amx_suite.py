@@ -18,6 +18,7 @@ from .cases import CASES, LARGE, Case, check
 from .numerics import assert_close
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = HALF | {"fp32": torch.float32}
 
 # More keys and rows than one item of work has (128 by 32), and more than one block of rows of the backward pass (128).
 # fmt: off
@@ -71,11 +72,33 @@ def test_case(case: Case, dtype: str) -> None:
     check(case, "cpu", HALF[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_other_types_take_the_vector_kernels(dtype: torch.dtype) -> None:
+# Six products of the emulated tiles take their time: of float32 those cases that take the tiles for certain.
+@pytest.mark.parametrize("case", [c for c in LONG if not c.nan_hidden and c.weights is None], ids=str)
+def test_float32_in_three_parts(case: Case) -> None:
+    check(case, "cpu", torch.float32)
+
+
+def test_float32_that_has_no_parts() -> None:
+    """Numbers so small that their last part is none take the vector kernels: nothing of them is lost."""
+    for size in (1e-32, 1e-38):
+        q, k, v = _inputs(40, 200, torch.float32)
+        v = v.clamp(-1, 1) * size
+        out = fa.attention(q, k, v, causal="bottom_right")
+        assert isinstance(out, Tensor)
+        weights = torch.softmax(
+            (q.double() @ k.double().repeat_interleave(2, 1).mT / 8).masked_fill(
+                torch.ones(40, 200, dtype=torch.bool).triu(161), float("-inf")
+            ),
+            -1,
+        )
+        exact = weights @ v.double().repeat_interleave(2, 1)
+        torch.testing.assert_close(out / size, (exact / size).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_float64_takes_the_vector_kernels() -> None:
     for case in CASES:
         if case.name in ("plain", "everything"):
-            check(case, "cpu", dtype)
+            check(case, "cpu", torch.float64)
 
 
 def _inputs(m: int, n: int, dtype: torch.dtype, b: int = 2, seed: int = 0) -> list[Tensor]:
@@ -120,25 +143,25 @@ def _assert_right(tensors: list[Tensor]) -> None:
         assert_close(a, b, c, grad=name != "output", name=name)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_scores_that_grow_along_the_keys(dtype: str) -> None:
     """Each block of keys has larger scores than the one before: what was summed shrinks each time."""
     q, k, v = _inputs(70, 600, torch.float32)
     q, k = q.abs(), k.abs() * torch.linspace(0.01, 4.0, 600)[:, None]
-    _assert_right([t.to(HALF[dtype]) for t in (q, k, v)])
+    _assert_right([t.to(TYPES[dtype]) for t in (q, k, v)])
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_scores_that_fall_along_the_keys(dtype: str) -> None:
     q, k, v = _inputs(70, 600, torch.float32)
     q, k = q.abs(), k.abs() * torch.linspace(4.0, 0.01, 600)[:, None]
-    _assert_right([t.to(HALF[dtype]) for t in (q, k, v)])
+    _assert_right([t.to(TYPES[dtype]) for t in (q, k, v)])
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_a_nan_that_is_seen_comes_out(dtype: str) -> None:
     for which in range(3):
-        tensors = _inputs(40, 200, HALF[dtype])
+        tensors = _inputs(40, 200, TYPES[dtype])
         tensors[which][1, -1, 17, 5] = float("nan")
         out = fa.attention(*tensors)
         with fa.use_backend("reference"):
@@ -161,10 +184,10 @@ def test_thread_count_does_not_change_a_bit(options: dict[str, object]) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_rows_that_see_one_key_have_no_gradient_of_their_scores(dtype: str) -> None:
     """The weight is 1 whatever the score: exactly 0, as in plain PyTorch, not what rounding leaves of dP - delta."""
-    out, dq, dk, dv = _both(_inputs(300, 300, HALF[dtype]), window=(0, 0))
+    out, dq, dk, dv = _both(_inputs(300, 300, TYPES[dtype]), window=(0, 0))
     assert not dq.any() and not dk.any() and dv.any() and out.any()
 
 

@@ -101,7 +101,7 @@ def test_infinities_and_nans_pass_through(library: Path) -> None:
 
 
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(("terms", "parts"), [(1, 1), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("terms", "parts"), [(1, 1), (3, 2), (4, 2), (6, 3)])
 def test_products_of_blocks(library: Path, terms: int, parts: int, add: bool) -> None:
     """2 x 2 tiles, several steps, and the pairs of parts that the number of terms stands for."""
     rng, steps, count = np.random.default_rng(terms), 3, 5
@@ -115,7 +115,7 @@ def test_products_of_blocks(library: Path, terms: int, parts: int, add: bool) ->
     ctypes.CDLL(str(library)).products(
         _pointer(found), _pointer(tiles_a), _pointer(tiles_b), steps, terms, add, count, 2
     )
-    pairs = [(0, 0), (1, 0), (0, 1), (1, 1)][:terms]
+    pairs = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2)][:terms]
     product = sum(_float(a[i]).astype(np.float64) @ _float(b[j]).astype(np.float64) for i, j in pairs)
     expected = product + (c if add else np.zeros_like(c))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
@@ -160,7 +160,7 @@ def test_an_unknown_variant_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["bf16", "fp16", "not bf16 and not fp16"])
+@pytest.mark.parametrize("part", ["bf16", "fp16", "not bf16 and not fp16 and not float32", "float32"])
 def test_kernels(part: str) -> None:
     isa = "amx" if "amx" in cpu.info()["isas"] else "amx_emulated"
     for name in {isa, "amx_emulated"}:

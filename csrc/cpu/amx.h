@@ -154,12 +154,22 @@ FA_INLINE void tile_dot() {
 #endif
 
 // An operand of a product, in tiles: the address of the first, bytes from row to row, and elements to its neighbour (the
-// next 16 rows of A or columns of B), to the next 32 terms of the sum, and to the low parts (bf16 numbers have none;
-// a float16 x is high + low exactly, high = bf16(x)).
+// next 16 rows of A or columns of B), to the next 32 terms of the sum, and from part to part. A bf16 number is its one
+// part, a float16 is the sum of two, a float32 of three: each part is what the ones before leave, rounded to bf16.
 struct Operand {
   const uint16_t* at;
-  int64_t row_bytes, neighbour, step, low;
+  int64_t row_bytes, neighbour, step, part;
 };
+
+// Which parts of A and of B are multiplied. The first one is for bf16; the first three for two parts, where one of the
+// operands was rounded to them; four are the exact product of two parts; six leave of three what is below 2^-24 of the
+// product (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype", 2019).
+struct Term {
+  int8_t a, b;
+};
+constexpr Term kTerms[] = {{0, 0}, {1, 0}, {0, 1}, {1, 1}, {2, 0}, {0, 2}};
+// How many of them for one, two and three parts: of numbers as they are, and where one operand was rounded to parts.
+constexpr int kExact[] = {1, 4, 6}, kRounded[] = {1, 3, 6};
 
 // C [32, 32] = or += A [32, 32 steps] B [32 steps, 32], summed over pairs of parts.
 struct Product {
@@ -167,7 +177,7 @@ struct Product {
   float* c;
   int64_t c_row_bytes, c_down, c_right;  // elements to the tile below and to the one beside
   int steps;
-  int terms;  // 1: high high; 3: and low high, high low, where A is rounded anyway; 4: and low low, exact
+  int terms;  // of kTerms, from the first
   bool add;
 };
 
@@ -185,8 +195,8 @@ FA_OUTLINE void multiply(const Product& p) {
     tile_zero<kC11>();
   }
   for (int term = 0; term < p.terms; ++term) {
-    const uint16_t* a = p.a.at + (term & 1 ? p.a.low : 0);
-    const uint16_t* b = p.b.at + (term & 2 ? p.b.low : 0);
+    const uint16_t* a = p.a.at + kTerms[term].a * p.a.part;
+    const uint16_t* b = p.b.at + kTerms[term].b * p.b.part;
     for (int i = 0; i < p.steps; ++i, a += p.a.step, b += p.b.step) {
       tile_load<kA0>(a, p.a.row_bytes);
       tile_load<kB0>(b, p.b.row_bytes);

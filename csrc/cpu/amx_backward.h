@@ -1,4 +1,4 @@
-// dQ, dK and dV on the matrix unit, for bfloat16 and float16: backward.h's sums, on tiles. For each panel of 32 rows and
+// dQ, dK and dV on the matrix unit, for bfloat16, float16 and float32: backward.h's sums, on tiles. For each panel of 32 rows and
 // each block of up to 128 keys, all of them [keys, 32]:
 //
 //   S^T = K Q^T;   dP^T = V dO^T;   P^T = exp2(c S^T - log2(e) lse);   dS^T = P^T (dP^T - delta - rest)
@@ -142,7 +142,7 @@ class AmxBackwardTask {
     s.b = column_pairs_operand(k.panel(2, 0, b_, work.x.h, rows), f_.d);
     s.c = w_.s + turn * kItem + it.first * kPanel * kPanel, s.c_row_bytes = kPanel * 4;
     s.c_down = kTileRows * kPanel, s.c_right = 16;
-    s.steps = static_cast<int>(f_.d / 32), s.terms = k.parts == 1 ? 1 : 4;
+    s.steps = static_cast<int>(f_.d / 32), s.terms = kExact[k.parts - 1];
     soon_.push({s, it.last - it.first, k.panel_size(0), 0, kPanel * kPanel});
     Product dp = s;
     dp.a = rows_operand(k.panel(1, 0, b_, hk_, keys), f_.dv);
@@ -161,7 +161,7 @@ class AmxBackwardTask {
             kForm};
     dq.c = partial_ + (work.group * f_.row_panels + it.row / kPanel) * f_.d * kPanel, dq.c_row_bytes = kPanel * 4;
     dq.c_down = kTileRows * kPanel, dq.c_right = 16;
-    dq.steps = it.last - it.first, dq.terms = k.parts == 1 ? 1 : 3, dq.add = true;
+    dq.steps = it.last - it.first, dq.terms = kRounded[k.parts - 1], dq.add = true;
     return {dq, static_cast<int>(f_.d / 32), 2 * kTile, 0, kPanel * kPanel};
   }
 
@@ -199,7 +199,7 @@ class AmxBackwardTask {
     x.a = {a + from * kItem + sub * 2 * kTile, kTileBytes, kTile, kItem, kForm};
     x.b = row_pairs_operand(k.panel(packing, 1, b_, work.x.h, rows), width, k.panel_size(packing));
     x.c = sum + sub * kPanel * width, x.c_row_bytes = width * 4, x.c_down = kTileRows * width, x.c_right = 16;
-    x.steps = to - from, x.terms = k.parts == 1 ? 1 : 3, x.add = true;
+    x.steps = to - from, x.terms = kRounded[k.parts - 1], x.add = true;
     later_.push({x, static_cast<int>(width / 32), 0, 2 * kTile, 32});
   }
 
@@ -243,8 +243,10 @@ class AmxBackwardTask {
       const Forms to = panel_forms(it.panel, sub);
       if (f_.packed.parts == 1)
         gradients_of<1, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
-      else
+      else if (f_.packed.parts == 2)
         gradients_of<2, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
+      else
+        gradients_of<3, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
       soon_.run_share(it.last - sub);
       later_.run_share((kBlockPanels - it.panel) * kSubs - sub);
     }
@@ -272,8 +274,10 @@ class AmxBackwardTask {
       const Forms to = panel_forms(it.panel, sub);
       if (f_.packed.parts == 1)
         gradients_of<1, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
-      else
+      else if (f_.packed.parts == 2)
         gradients_of<2, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
+      else
+        gradients_of<3, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
     }
     return true;
   }
@@ -349,7 +353,8 @@ class AmxBackwardTask {
   f.chunks = backward_chunks<float>(batch, p.HK, p.H / p.HK, p.M, p.N, p.D, kKeyBlock);
   f.chunk_keys = round_up(ceil_div(max_of<int64_t>(p.N, 1), f.chunks), kKeyBlock);
   Packed result = pack_all(f.packed);
-  if (result == Packed::done && !run_backward_waves(f, work / kAmxSpeed)) result = Packed::no_memory;
+  if (result == Packed::done && !run_backward_waves(f, work * kExact[f.packed.parts - 1] / kAmxSpeed))
+    result = Packed::no_memory;
   release(f.packed.memory);
   return result;
 }

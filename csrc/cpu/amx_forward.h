@@ -1,4 +1,4 @@
-// Forward pass on the matrix unit, for bfloat16 and float16: forward.h's online softmax, transposed. For each panel of
+// Forward pass on the matrix unit, for bfloat16, float16 and float32: forward.h's online softmax, transposed. For each panel of
 // 32 rows and each block of up to 128 keys:
 //
 //   S^T = K Q^T [keys, 32];   P^T = exp2(c S^T - t);   O^T = alpha O^T + V^T P^T [DV, 32]
@@ -127,7 +127,7 @@ class AmxForwardTask {
     s.a = rows_operand(k, f_.d), s.b = column_pairs_operand(queries(it.panel), f_.d);
     s.c = scores(turn) + it.first * kPanel * kPanel, s.c_row_bytes = kPanel * 4;
     s.c_down = kTileRows * kPanel, s.c_right = 16;
-    s.steps = static_cast<int>(f_.d / 32), s.terms = packed.parts == 1 ? 1 : 4;
+    s.steps = static_cast<int>(f_.d / 32), s.terms = kExact[packed.parts - 1];
     queue_.push({s, it.last - it.first, packed.panel_size(0), 0, kPanel * kPanel});
   }
   void push_values() {
@@ -142,7 +142,7 @@ class AmxForwardTask {
     o.b = {pairs(turn) + it.first * kPanel * kPanel, kPanel * 4, 32, kPanel * kPanel, kItem};
     o.c = w_.o + it.panel * f_.dv * kPanel, o.c_row_bytes = kPanel * 4;
     o.c_down = kTileRows * kPanel, o.c_right = 16;
-    o.steps = it.last - it.first, o.terms = packed.parts == 1 ? 1 : 3;
+    o.steps = it.last - it.first, o.terms = kRounded[packed.parts - 1];
     o.add = !fresh_[it.panel];
     fresh_[it.panel] = false;
     return {o, static_cast<int>(f_.dv / 32), 2 * kTile, 0, kPanel * kPanel};
@@ -181,8 +181,10 @@ class AmxForwardTask {
       const int64_t at = sub * kPanel * kPanel;
       if (f_.packed.parts == 1)
         weights_of<1>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
-      else
+      else if (f_.packed.parts == 2)
         weights_of<2>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
+      else
+        weights_of<3>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
       queue_.run_share(it.last - sub);
     }
     for (int l = 0; l < kLanes; ++l) store<float>(sums + l * VL<float>, load<float>(sums + l * VL<float>) + sum[l]);
@@ -206,8 +208,10 @@ class AmxForwardTask {
     const int count = (it.last - it.first) * kPanel;
     if (f_.packed.parts == 1)
       pairs_of_keys<1>(s + at, count, pairs(turn) + at, kItem);
-    else
+    else if (f_.packed.parts == 2)
       pairs_of_keys<2>(s + at, count, pairs(turn) + at, kItem);
+    else
+      pairs_of_keys<3>(s + at, count, pairs(turn) + at, kItem);
     bool moved = false;
     for (int i = 0; i < it.rows; ++i) moved = moved || w_.alpha[i] != 1;
     if (moved) shrink(it.panel);
@@ -261,7 +265,7 @@ FA_INLINE void share_rows(AmxForward& f, int64_t heads, int64_t rows) {
     Arena count{0};
     AmxForwardScratch layout(f, count);
     const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
-                        static_cast<double>(p.D + p.DV) / kAmxSpeed;
+                        static_cast<double>(p.D + p.DV) * kExact[f.packed.parts - 1] / kAmxSpeed;
     ok = run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, amx_forward_task, &f);
   }
   release(f.packed.memory);

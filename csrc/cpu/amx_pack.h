@@ -1,7 +1,7 @@
 // Panels of 32 rows of q, k, v and dout in the layouts that products of tiles read.
 //
 // A panel is brought into a strip [parts, 32, width] of bf16 first, zeros beyond its rows and columns: one part for
-// bfloat16, two for float16 (amx.h: Operand). From a strip X of one part come:
+// bfloat16, two for float16, three for float32 (amx.h: Operand). From a strip X of one part come:
 //
 //   as_rows          A = X     [2][width / 32] tiles of 16 rows by 32 columns
 //   as_columns       A = X^T   [width / 16] tiles of 16 columns by all 32 rows
@@ -18,7 +18,7 @@ constexpr int kPanel = 32;             // rows of a panel
 constexpr int kTile = kTileBytes * 8;  // elements of a bf16 tile
 constexpr int64_t kMaxHeadDim = 512;
 
-FA_INLINE int parts_of(DType type) { return type == DType::f16 ? 2 : 1; }
+FA_INLINE int parts_of(DType type) { return type == DType::f32 ? 3 : type == DType::f16 ? 2 : 1; }
 FA_INLINE int64_t panel_width(int64_t columns) { return round_up(columns, 32); }
 
 // The bits of x rounded to bf16 (nearest even; subnormal results may stay), in the upper half of each lane.
@@ -39,9 +39,17 @@ FA_INLINE IVec<float> pair_of(Vec<float> a, Vec<float> b) {
   return ((rounded_bits(a) >> 16) & 0xffff) | rounded_bits(b);
 #endif
 }
-// What is lost of a and of b in pair_of(a, b), as a pair again.
-FA_INLINE IVec<float> low_pair_of(Vec<float> a, Vec<float> b, IVec<float> high) {
-  return pair_of(a - from_bits<float>(high << 16), b - from_bits<float>(high & static_cast<int32_t>(0xffff0000u)));
+// PARTS pairs whose sum is (a, b), as far as they go, `part` elements apart.
+template <int PARTS>
+FA_INLINE void store_pairs(uint16_t* to, int64_t part, Vec<float> a, Vec<float> b) {
+#pragma GCC unroll 3
+  for (int i = 0; i < PARTS; ++i) {
+    const IVec<float> pair = pair_of(a, b);
+    __builtin_memcpy(to + i * part, &pair, sizeof pair);
+    if (i + 1 == PARTS) return;
+    a -= from_bits<float>(pair << 16);
+    b -= from_bits<float>(pair & static_cast<int32_t>(0xffff0000u));
+  }
 }
 
 // 2 VL values in a row as bf16.
@@ -58,7 +66,13 @@ FA_INLINE void store_bf16(uint16_t* to, Vec<float> a, Vec<float> b) {
 }
 FA_INLINE Vec<float> bf16_rounded(Vec<float> x) { return from_bits<float>(rounded_bits(x)); }
 
-// Rows of a tensor into a strip; false if any of their numbers is not finite.
+// A float32 whose parts are all normal numbers; or 0.
+FA_INLINE bool has_parts(float x) {
+  const float size = __builtin_fabsf(x);
+  return x == 0.0f || (size >= 0x1p-100f && size < 0x1p127f);
+}
+
+// Rows of a tensor into a strip; false if any of their numbers is not finite, or has no parts.
 [[maybe_unused]] static bool load_strip(uint16_t* strip, int64_t width, const char* src, DType type, int64_t stride,
                                         int rows, int64_t columns, bool negate) {
   const int parts = parts_of(type);
@@ -66,27 +80,29 @@ FA_INLINE Vec<float> bf16_rounded(Vec<float> x) { return from_bits<float>(rounde
   int bad = 0;
   for (int i = 0; i < kPanel; ++i) {
     uint16_t* row = strip + i * width;
-    if (i >= rows) {
-      for (int part = 0; part < parts; ++part)
-        __builtin_memset(row + part * kPanel * width, 0, sizeof(uint16_t) * static_cast<size_t>(width));
+    for (int part = 0; part < parts; ++part) {
+      const int64_t from = i < rows ? columns : 0;
+      __builtin_memset(row + part * kPanel * width + from, 0, sizeof(uint16_t) * static_cast<size_t>(width - from));
+    }
+    if (i >= rows) continue;
+    const char* at = src + i * stride * size_of(type);
+    const uint16_t* half = reinterpret_cast<const uint16_t*>(at);
+    if (parts < 3)
+      for (int64_t j = 0; j < columns; ++j) bad |= (half[j] & special) == special;
+    if (parts == 1) {
+      for (int64_t j = 0; j < columns; ++j) row[j] = half[j] ^ sign;
       continue;
     }
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(src + i * stride * 2);
-    for (int64_t j = 0; j < columns; ++j) bad |= (from[j] & special) == special;
-    if (parts == 1) {
-      for (int64_t j = 0; j < columns; ++j) row[j] = from[j] ^ sign;
-    } else {
-      uint16_t* low = row + kPanel * width;
-      float line[kMaxHeadDim];
-      load_row(line, src + i * stride * 2, type, columns);
+    float line[kMaxHeadDim];
+    load_row(line, at, type, columns);
+    if (parts == 3)
+      for (int64_t j = 0; j < columns; ++j) bad |= !has_parts(line[j]);
+    for (int part = 0; part < parts; ++part, row += kPanel * width)
       for (int64_t j = 0; j < columns; ++j) {
         const uint16_t high = to_bf16(line[j]);
         row[j] = high ^ sign;
-        low[j] = to_bf16(line[j] - from_bf16(high)) ^ sign;
+        line[j] -= from_bf16(high);
       }
-      for (int64_t j = columns; j < width; ++j) low[j] = 0;
-    }
-    for (int64_t j = columns; j < width; ++j) row[j] = 0;
   }
   return !bad;
 }

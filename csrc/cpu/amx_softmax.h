@@ -94,10 +94,10 @@ FA_OUTLINE void largest(const Item& it, const float* s, Vec<float>* top) {
         max_skip_nan<float>(max_skip_nan<float>(part[0][l], part[1][l]), max_skip_nan<float>(part[2][l], part[3][l]));
 }
 
-// A panel of 32 keys: P as pairs of keys [16, 32] (and their low parts), and the sums of its rows.
+// A panel of 32 keys: P as pairs of keys [16, 32], in parts, and the sums of its rows.
 template <int PARTS>
 FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec<float>* sum, uint16_t* pairs,
-                           int64_t low) {
+                           int64_t part) {
   Vec<float> t[kLanes], even[kLanes], odd[kLanes];
 #pragma GCC unroll 8
   for (int l = 0; l < kLanes; ++l) t[l] = shift[l], even[l] = odd[l] = Vec<float>{};
@@ -108,12 +108,7 @@ FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec
       const Vec<float> b = vexp2(load<float>(s + kPanel + l * VL<float>) * c - t[l]);
       even[l] += a;
       odd[l] += b;
-      const IVec<float> high = pair_of(a, b);
-      __builtin_memcpy(pairs + 2 * l * VL<float>, &high, sizeof high);
-      if (PARTS == 2) {
-        const IVec<float> rest = low_pair_of(a, b, high);
-        __builtin_memcpy(pairs + low + 2 * l * VL<float>, &rest, sizeof rest);
-      }
+      store_pairs<PARTS>(pairs + 2 * l * VL<float>, part, a, b);
     }
   }
 #pragma GCC unroll 8
@@ -122,17 +117,12 @@ FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec
 
 // Values [keys, 32] in float as pairs of keys.
 template <int PARTS>
-FA_INLINE void pairs_of_keys(const float* from, int keys, uint16_t* pairs, int64_t low) {
+FA_INLINE void pairs_of_keys(const float* from, int keys, uint16_t* pairs, int64_t part) {
   for (int j = 0; j < keys; j += 2, from += 2 * kPanel, pairs += 2 * kPanel) {
 #pragma GCC unroll 8
     for (int l = 0; l < kLanes; ++l) {
       const Vec<float> a = load<float>(from + l * VL<float>), b = load<float>(from + kPanel + l * VL<float>);
-      const IVec<float> high = pair_of(a, b);
-      __builtin_memcpy(pairs + 2 * l * VL<float>, &high, sizeof high);
-      if (PARTS == 2) {
-        const IVec<float> rest = low_pair_of(a, b, high);
-        __builtin_memcpy(pairs + low + 2 * l * VL<float>, &rest, sizeof rest);
-      }
+      store_pairs<PARTS>(pairs + 2 * l * VL<float>, part, a, b);
     }
   }
 }
@@ -145,17 +135,20 @@ struct Forms {
   uint16_t *p, *ds, *ds_pairs;
 };
 
-// 2 x 32 values as two rows of bf16.
+// 2 x 32 values as two rows of bf16, in parts.
 template <int PARTS>
 FA_INLINE void store_panel_rows(const Vec<float>* a, const Vec<float>* b, uint16_t* to) {
 #pragma GCC unroll 4
   for (int l = 0; l < kLanes; l += 2) {
-    uint16_t* at = to + l * VL<float>;
-    store_bf16(at, a[l], a[l + 1]);
-    store_bf16(at + kPanel, b[l], b[l + 1]);
-    if (PARTS == 2) {
-      store_bf16(at + kForm, a[l] - bf16_rounded(a[l]), a[l + 1] - bf16_rounded(a[l + 1]));
-      store_bf16(at + kForm + kPanel, b[l] - bf16_rounded(b[l]), b[l + 1] - bf16_rounded(b[l + 1]));
+    Vec<float> rest[] = {a[l], a[l + 1], b[l], b[l + 1]};
+#pragma GCC unroll 3
+    for (int part = 0; part < PARTS; ++part) {
+      uint16_t* at = to + part * kForm + l * VL<float>;
+      store_bf16(at, rest[0], rest[1]);
+      store_bf16(at + kPanel, rest[2], rest[3]);
+      if (part + 1 == PARTS) break;
+#pragma GCC unroll 4
+      for (Vec<float>& x : rest) x -= bf16_rounded(x);
     }
   }
 }
@@ -187,12 +180,7 @@ FA_OUTLINE void gradients_of(const float* s, const float* dp, float c, const flo
     store_panel_rows<PARTS>(ds[0], ds[1], to.ds);
 #pragma GCC unroll 8
     for (int l = 0; l < kLanes; ++l) {
-      const IVec<float> high = pair_of(ds[0][l], ds[1][l]);
-      __builtin_memcpy(to.ds_pairs + 2 * l * VL<float>, &high, sizeof high);
-      if (PARTS == 2) {
-        const IVec<float> low = low_pair_of(ds[0][l], ds[1][l], high);
-        __builtin_memcpy(to.ds_pairs + kForm + 2 * l * VL<float>, &low, sizeof low);
-      }
+      store_pairs<PARTS>(to.ds_pairs + 2 * l * VL<float>, kForm, ds[0][l], ds[1][l]);
     }
     to.p += 2 * kPanel, to.ds += 2 * kPanel, to.ds_pairs += 2 * kPanel;
   }
@@ -224,11 +212,12 @@ FA_INLINE void clear_hidden(const Item& it, const Tile& t, float* rows, int64_t 
 // The keys of an item, relative to its first.
 FA_INLINE Span keys_of(const Item& it) { return {it.first * kPanel, it.last * kPanel}; }
 
-// Whether the tiles are the better way: half types, enough rows and keys to fill some of a tile, and no block that ends
-// within a panel.
+// Whether the tiles are the better way: enough rows and keys to fill some of a tile, and no block that ends within a
+// panel. float32, which takes six products, has to fill panels of rows and of keys.
 FA_INLINE bool amx_wanted(const AttentionParams& p) {
-  const bool half = p.q.dtype == DType::bf16 || p.q.dtype == DType::f16;
-  return half && p.k.dtype == p.q.dtype && p.v.dtype == p.q.dtype && p.M > kLaneRows && p.N > kLaneRows &&
+  const bool wide = p.q.dtype == DType::f32, known = wide || p.q.dtype == DType::bf16 || p.q.dtype == DType::f16;
+  const int64_t more_than = wide ? kPanel - 1 : kLaneRows;
+  return known && p.k.dtype == p.q.dtype && p.v.dtype == p.q.dtype && p.M > more_than && p.N > more_than &&
          p.B * p.H > 0 && max_of(p.D, p.DV) <= kMaxHeadDim &&
          (!p.block_map.data || (p.block_m % kPanel == 0 && p.block_n % kPanel == 0));
 }

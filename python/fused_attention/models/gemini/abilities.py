@@ -32,7 +32,7 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "reader": Model(("describe", "transcribe"), 700),
+    "reader": Model(("describe", "transcribe"), 1000, ("--learning-rate", "2e-3")),
     # Without words between, it learns the training sentences by heart and misjudges three in ten of another shape.
     "judge": Model(("sentiment", "text"), 1000, ("--insertion", "0.15")),
     "comparer": Model(("joint",), 600),
@@ -47,7 +47,7 @@ ABILITIES = {  # task -> what it is called, the least that is asked for
     "draw": ("draw a digit on request", 0.90),
     "say": ("say a digit on request", 0.80),
 }
-_BASE, _STUDENT = 500, 1000  # steps
+_BASE, _STUDENT = 500, 600  # steps
 _BF16 = "-bf16"  # ends the names of models trained in bfloat16
 # So much of the judge's training is text.
 _TEXT = round(MODELS["judge"].steps * WEIGHTS["text"] / (WEIGHTS["sentiment"] + WEIGHTS["text"]))
