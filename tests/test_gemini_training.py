@@ -54,6 +54,13 @@ def test_a_run_that_resumes_is_bit_equal(tmp_path: Path) -> None:
     assert (tmp_path / "parts" / "loss.png").stat().st_size > 1000
 
 
+def test_one_process_trains_in_several_precisions(tmp_path: Path) -> None:
+    for number, precision in enumerate(("no", "bf16", "no")):
+        trainer = _trainer(tmp_path / str(number), Recipe(steps=2, warmup=1, precision=precision))
+        trainer.run(show=False)
+        assert trainer.accelerator.mixed_precision == precision and trainer.step == 2
+
+
 def test_it_does_not_go_on_with_another_recipe(tmp_path: Path) -> None:
     _trainer(tmp_path, Recipe(steps=2, warmup=1)).run(show=False)
     with pytest.raises(ValueError, match="learning_rate"):

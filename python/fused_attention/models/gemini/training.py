@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ class Trainer:
     ) -> None:
         set_seed(recipe.seed)
         self.recipe, self.batches, self.losses, self.folder = recipe, batches, losses, folder
+        AcceleratorState._reset_state()  # a process may train several models, each in its own precision
         self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
         optimizer = make_optimizer(model, recipe)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
