@@ -48,7 +48,7 @@ KERNEL_ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFA_AMX=1"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DFA_AMX=1"],
     # The same source with the matrix unit in plain C++, for tests on any processor: taken only when asked for by name.
     "amx_emulated": ["-DFA_AMX=2", "-Wno-psabi"],
 }

@@ -59,6 +59,7 @@ static const Field kFields[] = {
     FIELD(seed, uint64),
     FIELD(weights_mode, code),
     FIELD(batch_invariant, flag),
+    FIELD(int8, flag),
     FIELD(part_of_keys, flag),
     FIELD(threads, int32),
     FIELD(out, tensor),

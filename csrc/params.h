@@ -49,6 +49,7 @@ struct AttentionParams {
   int64_t block_m = 0, block_n = 0;  // rows and keys of a block of block_map; block_n is a multiple of 16
   Weights weights_mode = Weights::none;
   bool batch_invariant = false;
+  bool int8 = false;          // on a CPU, forward: q and k are rounded to 8 bits, row by row
   bool part_of_keys = false;  // backward: out and lse are of rows that see more keys than these
   int32_t threads = 1;
 

@@ -159,10 +159,19 @@ def test_an_unknown_variant_is_refused() -> None:
 # --- the kernels --------------------------------------------------------------------------------------------------
 
 
+def _suite(*arguments: str) -> None:
+    isa = "amx" if "amx" in cpu.info()["isas"] else "amx_emulated"
+    for name in {isa, "amx_emulated"}:
+        done = _python(name, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
+        assert done.returncode == 0, f"{name}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["bf16", "fp16", "not bf16 and not fp16 and not float32", "float32"])
 def test_kernels(part: str) -> None:
-    isa = "amx" if "amx" in cpu.info()["isas"] else "amx_emulated"
-    for name in {isa, "amx_emulated"}:
-        done = _python(name, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/amx_suite.py", "-k", part)
-        assert done.returncode == 0, f"{name}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    _suite("tests/amx_suite.py", "-k", part)
+
+
+@pytest.mark.slow
+def test_int8_kernels() -> None:
+    _suite("tests/amx_int8_suite.py")

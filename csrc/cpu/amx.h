@@ -1,6 +1,7 @@
 // The matrix unit of Intel AMX: eight tile registers of 16 rows of 64 bytes, and products of blocks on them.
 //
-//   dot:  C [16, 16] f32 += A [16, 32] bf16 * B [32, 16] bf16,   B as 16 rows of 16 pairs (rows 2k and 2k + 1 of B)
+//   dot:     C [16, 16] f32 += A [16, 32] bf16 * B [32, 16] bf16,  B as 16 rows of 16 pairs (rows 2k and 2k + 1 of B)
+//   dot_i8:  C [16, 16] i32 += A [16, 64] i8 * B [64, 16] i8,      B as 16 rows of 16 quadruples
 //
 // With FA_AMX == 1 these are the instructions. With FA_AMX == 2 they are the same in plain C++, in the order of
 // summation and with the roundings that Intel's manual gives for TDPBF16PS ("Software Developer's Manual", volume 2),
@@ -73,6 +74,13 @@ FA_INLINE void tile_dot() {
   if constexpr (C == kC01) _tile_dpbf16ps(1, 4, 7);
   if constexpr (C == kC10) _tile_dpbf16ps(2, 5, 6);
   if constexpr (C == kC11) _tile_dpbf16ps(3, 5, 7);
+}
+template <Register C>
+FA_INLINE void tile_dot_i8() {
+  if constexpr (C == kC00) _tile_dpbssd(0, 4, 6);
+  if constexpr (C == kC01) _tile_dpbssd(1, 4, 7);
+  if constexpr (C == kC10) _tile_dpbssd(2, 5, 6);
+  if constexpr (C == kC11) _tile_dpbssd(3, 5, 7);
 }
 
 #else
@@ -150,6 +158,19 @@ FA_INLINE void tile_dot() {
   emulated_dot(c, a, b);
   __builtin_memcpy(t.bytes[C], c, sizeof c);
 }
+template <Register C>
+FA_INLINE void tile_dot_i8() {
+  TileFile& t = configured_tiles();
+  int32_t c[kTileRows][kTileBytes / 4];
+  int8_t a[kTileRows][kTileBytes], b[kTileRows][kTileBytes];
+  __builtin_memcpy(c, t.bytes[C], sizeof c);
+  __builtin_memcpy(a, t.bytes[C == kC00 || C == kC01 ? kA0 : kA1], sizeof a);
+  __builtin_memcpy(b, t.bytes[C == kC00 || C == kC10 ? kB0 : kB1], sizeof b);
+  for (int m = 0; m < kTileRows; ++m)
+    for (int k = 0; k < kTileBytes; ++k)
+      for (int n = 0; n < kTileBytes / 4; ++n) c[m][n] += int32_t{a[m][k]} * int32_t{b[k / 4][4 * n + k % 4]};
+  __builtin_memcpy(t.bytes[C], c, sizeof c);
+}
 
 #endif
 
@@ -179,8 +200,18 @@ struct Product {
   int steps;
   int terms;  // of kTerms, from the first
   bool add;
+  bool int8;  // A and B are of i8, two in the place of one bf16, and C is of i32
 };
 
+template <bool INT8, Register C>
+FA_INLINE void dot_of() {
+  if constexpr (INT8)
+    tile_dot_i8<C>();
+  else
+    tile_dot<C>();
+}
+
+template <bool INT8>
 FA_OUTLINE void multiply(const Product& p) {
   float *c0 = p.c, *c1 = p.c + p.c_down;
   if (p.add) {
@@ -200,12 +231,12 @@ FA_OUTLINE void multiply(const Product& p) {
     for (int i = 0; i < p.steps; ++i, a += p.a.step, b += p.b.step) {
       tile_load<kA0>(a, p.a.row_bytes);
       tile_load<kB0>(b, p.b.row_bytes);
-      tile_dot<kC00>();
+      dot_of<INT8, kC00>();
       tile_load<kB1>(b + p.b.neighbour, p.b.row_bytes);
-      tile_dot<kC01>();
+      dot_of<INT8, kC01>();
       tile_load<kA1>(a + p.a.neighbour, p.a.row_bytes);
-      tile_dot<kC10>();
-      tile_dot<kC11>();
+      dot_of<INT8, kC10>();
+      dot_of<INT8, kC11>();
     }
   }
   tile_store<kC00>(c0, p.c_row_bytes);
@@ -244,7 +275,10 @@ class Queue {
 
   void run_one() {
     Batch& b = batches_[begin_];
-    multiply(b.first);
+    if (b.first.int8)
+      multiply<true>(b.first);
+    else
+      multiply<false>(b.first);
     b.first.a.at += b.a, b.first.b.at += b.b, b.first.c += b.c;
     if (--b.count == 0) ++begin_;
     if (--left_ == 0) begin_ = end_ = 0;

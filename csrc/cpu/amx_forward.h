@@ -7,9 +7,11 @@
 // has some panels of rows of one (batch, head) and takes them in turns through the blocks of keys. While the vector
 // unit is at the softmax of one item, the tiles have the scores of the next one and the values of the last one.
 //
+// With int8 the scores are of codes (amx_int8.h), and K is packed there.
+//
 // What is not plain (softcap, ALiBi, mask, bias, dropout) is turned into rows and back: forward.h's code does it.
 #pragma once
-#include "amx_softmax.h"
+#include "amx_int8.h"
 #include "forward.h"
 
 FA_BEGIN
@@ -18,6 +20,7 @@ constexpr int kForwardPanels = 4;  // K and V are read once for so many
 
 struct AmxForward {
   PackPlan packed;  // 0: K as rows, 1: V as columns
+  Int8Keys keys;    // with int8: K
   int panels;       // of a task
   int64_t blocks;   // tasks of a (batch, head)
   int64_t d, dv;    // padded
@@ -29,14 +32,16 @@ constexpr int64_t kRowStep = kKeyBlock + 16;  // of an item as rows
 
 struct AmxForwardScratch {
   uint16_t *strip, *q, *pairs;
-  float *s, *o, *m, *l, *alpha, *rows, *out, *keep;
+  float *s, *o, *m, *l, *alpha, *rows, *out, *keep, *scale, *common;
   RowBuffers<float> row;
   AmxForwardScratch(const AmxForward& f, Arena& a) {
     const int parts = f.packed.parts;
     strip = a.take<uint16_t>(parts * kPanel * f.d);
     q = a.take<uint16_t>(f.panels * parts * kPanel * f.d);  // pairs of columns
     pairs = a.take<uint16_t>(2 * parts * kItem);            // P^T, of two items
-    s = a.take<float>(2 * kItem);                           // S^T, of two items
+    scale = a.take<float>(f.packed.p.int8 ? f.panels * kPanel : 0);
+    common = a.take<float>(f.packed.p.int8 ? f.panels * kPanel : 0);
+    s = a.take<float>(2 * kItem);  // S^T, of two items
     o = a.take<float>(f.panels * f.dv * kPanel);
     m = a.take<float>(f.panels * kPanel);
     l = a.take<float>(f.panels * kPanel);
@@ -73,6 +78,9 @@ class AmxForwardTask {
       // The next scores first: they are wanted as soon as this softmax is done, the last values later.
       if (more) push_scores(next, turn ^ 1);
       push_values();
+      if (p_.int8)
+        scores_of_codes(now, scores(turn), w_.scale + now.panel * kPanel, w_.common + now.panel * kPanel,
+                        f_.keys.scales(x_.b, x_.hk, now.key / kPanel + now.first));
       const bool any = f_.plain ? plain_softmax(now, turn) : general_softmax(now, turn);
       queue_.run_all();
       if (any) values_ = values_of(now, turn);
@@ -102,6 +110,9 @@ class AmxForwardTask {
   void load_queries(int panel) {
     const int64_t row = row_ + panel * kPanel;
     const int rows = static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row));
+    if (p_.int8)
+      return quantise_queries(f_.keys, x_, row, rows, p_.scale < 0, w_.strip, queries(panel), w_.scale + panel * kPanel,
+                              w_.common + panel * kPanel);
     load_strip(w_.strip, f_.d, row_address(p_.q, x_, x_.h, x_.row0 + row), p_.q.dtype, p_.q.stride[2], rows, p_.D,
                p_.scale < 0);
     for (int part = 0; part < f_.packed.parts; ++part)
@@ -122,13 +133,14 @@ class AmxForwardTask {
 
   void push_scores(const Item& it, int turn) {
     const PackPlan& packed = f_.packed;
-    const uint16_t* k = packed.panel(0, 0, x_.b, x_.hk, it.key / kPanel + it.first);
+    const int64_t at = it.key / kPanel + it.first, width = p_.int8 ? f_.keys.width / 2 : f_.d;
+    const uint16_t* k = p_.int8 ? f_.keys.panel(x_.b, x_.hk, at) : packed.panel(0, 0, x_.b, x_.hk, at);
     Product s{};
-    s.a = rows_operand(k, f_.d), s.b = column_pairs_operand(queries(it.panel), f_.d);
+    s.a = rows_operand(k, width), s.b = column_pairs_operand(queries(it.panel), width);
     s.c = scores(turn) + it.first * kPanel * kPanel, s.c_row_bytes = kPanel * 4;
     s.c_down = kTileRows * kPanel, s.c_right = 16;
-    s.steps = static_cast<int>(f_.d / 32), s.terms = kExact[packed.parts - 1];
-    queue_.push({s, it.last - it.first, packed.panel_size(0), 0, kPanel * kPanel});
+    s.steps = static_cast<int>(width / 32), s.terms = p_.int8 ? 1 : kExact[packed.parts - 1], s.int8 = p_.int8;
+    queue_.push({s, it.last - it.first, p_.int8 ? f_.keys.panel_size() : packed.panel_size(0), 0, kPanel * kPanel});
   }
   void push_values() {
     queue_.push(values_);
@@ -252,7 +264,7 @@ FA_INLINE void share_rows(AmxForward& f, int64_t heads, int64_t rows) {
 [[maybe_unused]] static bool amx_forward(const AttentionParams& p) {
   AmxForward f{};
   f.packed.p = p, f.packed.parts = parts_of(p.q.dtype);
-  f.packed.add(p.k, true, p.D, false, as_rows, nullptr);
+  f.packed.add(p.k, true, p.D, false, p.int8 ? nullptr : as_rows, nullptr);
   f.packed.add(p.v, true, p.DV, false, as_columns, nullptr);
   f.d = panel_width(p.D), f.dv = panel_width(p.DV);
   f.plain = plain_scores(p) && !has_dropout(p) && p.scale != 0.0;
@@ -260,14 +272,15 @@ FA_INLINE void share_rows(AmxForward& f, int64_t heads, int64_t rows) {
   f.c = static_cast<float>(__builtin_fabs(p.scale) / kLn2);
   share_rows(f, p.B * p.H, p.M);
   Packed packed = pack_all(f.packed);
-  bool ok = packed != Packed::no_memory;
-  if (packed == Packed::done) {
+  bool ok = packed != Packed::no_memory && (packed == Packed::unfit || !p.int8 || quantise_keys(f.keys, p));
+  if (ok && packed == Packed::done) {
     Arena count{0};
     AmxForwardScratch layout(f, count);
     const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
                         static_cast<double>(p.D + p.DV) * kExact[f.packed.parts - 1] / kAmxSpeed;
     ok = run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, amx_forward_task, &f);
   }
+  release(f.keys.memory);
   release(f.packed.memory);
   return packed == Packed::unfit ? forward<float>(p) : ok;
 }

@@ -70,6 +70,7 @@ using Lacking = std::vector<std::string>;
   const bool leaf = __get_cpuid_count(7, 0, &a, &b, &c, &d);
   if (!leaf || !(d >> 24 & 1)) names.emplace_back("amx_tile");
   if (!leaf || !(d >> 22 & 1)) names.emplace_back("amx_bf16");
+  if (!leaf || !(d >> 25 & 1)) names.emplace_back("amx_int8");
   const bool has_one = leaf && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
   if (!has_one || !(a >> 5 & 1)) names.emplace_back("avx512_bf16");
   return names;

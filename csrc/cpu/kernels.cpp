@@ -2,7 +2,7 @@
 //   -DFA_ISA=portable
 //   -DFA_ISA=avx2    -mavx2 -mfma -mf16c
 //   -DFA_ISA=avx512  -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
-//   -DFA_ISA=amx     the same and -mavx512bf16 -mamx-tile -mamx-bf16 -DFA_AMX=1
+//   -DFA_ISA=amx     the same and -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -DFA_AMX=1
 //   -DFA_ISA=amx_emulated  -DFA_AMX=2 -Wno-psabi: the kernels of amx with the tiles in plain C++ (amx.h), for tests
 // and dispatch.cpp with -DFA_HAVE_PORTABLE, -DFA_HAVE_AVX2 ... for those that were.
 //
@@ -67,7 +67,7 @@ static bool run_forward(const AttentionParams& p) {
   if (p.weights.data) return p.q.dtype == DType::f64 ? weights<double>(p) : weights<float>(p);
   if (p.q.dtype == DType::f64) return forward<double>(p);
 #if defined(FA_AMX)
-  if (amx_wanted(p)) return amx_forward(p);
+  if (p.int8 || amx_wanted(p)) return amx_forward(p);
 #endif
   if (!few_rows_wanted(p)) return forward<float>(p);
   return p.lengths ? few_rows_of_cache(p) : few_rows(p);

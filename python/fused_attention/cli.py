@@ -128,7 +128,7 @@ def _add_explain(commands: Any) -> None:
     p.add_argument("--block-size", nargs=2, type=int, metavar=("ROWS", "KEYS"), help="of a block map")
     p.add_argument("--packed", action="store_true", help="varlen_attention")
     p.add_argument("--weights", choices=("mean", "heads"))
-    p.add_argument("--precision", choices=("fp8",), help="of products; default: that of the dtype")
+    p.add_argument("--precision", choices=("fp8", "int8"), help="of products; default: that of the dtype")
     p.add_argument("--gradients", nargs="*", choices=DIFFERENTIABLE, default=())
     p.add_argument("--json", action="store_true")
 

@@ -202,8 +202,11 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         return_lse: also return the log-sum-exp of the scores.
         return_weights: also return the attention weights, averaged over heads ("mean") or per head ("heads").
         precision: None, products in the precision of the inputs; "fp8", in float8 e4m3: query, key and value, bfloat16
-            or float16, are rounded to 4 bits with a scale for each block of 128 rows of a head, the weights likewise.
-            Forward only, on sm_90. An infinity in query or key counts as NaN.
+            or float16, are rounded to 4 bits with a scale for each block of 128 rows of a head, the weights likewise;
+            on sm_90. "int8": query and key, not of float64, are rounded to 8 bits with a scale for each row, the key
+            less its mean over the keys of its head; on processors with AMX. Both are forward only. An infinity in
+            query, and with "fp8" in key, counts as NaN; other numbers that are not finite, or float32 keys or values
+            below 2^-100 or above 2^127, make "int8" compute in the precision of the inputs.
 
     Returns:
         The output [B, H, M, DV], or an `AttentionResult` if `return_lse` or `return_weights` is set.
@@ -354,8 +357,10 @@ def _notes(x: Inputs, spec: AttentionSpec) -> list[str]:
             notes.append(f"{name} is copied: its last dimension has stride {t.stride(-1)}, not 1")
     if spec.gradients:
         notes.append("a second derivative runs through the reference's graph, O(M N) memory")
-    if spec.precision:
+    if spec.precision == "fp8":
         notes.append("query, key and value become float8 codes first, in memory of half their size")
+    if spec.precision == "int8":
+        notes.append("query and key become int8 codes first, with a scale for each row")
     if spec.weights:
         shape = (spec.batch, spec.rows, spec.columns)
         full = shape if spec.weights == "mean" else (spec.batch, spec.heads, *shape[1:])

@@ -27,7 +27,7 @@ from .device import Device as Device
 
 Causal = Literal["top_left", "bottom_right"]
 WeightsMode = Literal["mean", "heads"]
-Precision = Literal["fp8"]
+Precision = Literal["fp8", "int8"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -319,8 +319,8 @@ def check_options(o: Options) -> None:
     if not isinstance(o.batch_invariant, bool):
         raise TypeError(f"batch_invariant: got {o.batch_invariant!r}, expected a bool")
     if o.precision is not None and not isinstance(o.precision, str):
-        raise TypeError(f"precision: got {o.precision!r}, expected 'fp8' or None")
-    _need(o.precision in (None, "fp8"), "precision", repr(o.precision), "'fp8' or None")
+        raise TypeError(f"precision: got {o.precision!r}, expected 'fp8', 'int8' or None")
+    _need(o.precision in (None, "fp8", "int8"), "precision", repr(o.precision), "'fp8', 'int8' or None")
 
 
 def _check_optional(x: Inputs, full: tuple[int, int, int, int]) -> None:

@@ -29,12 +29,29 @@ def unavailable(device: Device) -> str | None:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """None if the kernels can do what `spec` asks for, wherever they are built, otherwise the reason why not."""
-    return beyond(spec, FLOAT_DTYPES, MAX_HEAD_DIM) or uneven_blocks(spec)
+    dtypes = FLOAT_DTYPES if spec.precision is None else tuple(t for t in FLOAT_DTYPES if t != torch.float64)
+    return beyond(spec, dtypes, MAX_HEAD_DIM, "int8") or uneven_blocks(spec) or _beyond_int8(spec)
+
+
+def _beyond_int8(spec: AttentionSpec) -> str | None:
+    """Why the kernels of `precision="int8"` cannot run `spec`; None if they may, or if it is not asked for."""
+    if spec.precision is None:
+        return None
+    if spec.gradients:
+        return "no gradients with products in int8"
+    if spec.weights:
+        return "no attention weights with products in int8"
+    if spec.block_map is not None and (spec.block_map[0] % 32 or spec.block_map[1] % 32):
+        return f"blocks of a multiple of 32 rows and keys with products in int8, not {spec.block_map}"
+    return None
 
 
 def supports(spec: AttentionSpec, device: Device) -> str | None:
     """None if these kernels run `spec` on `device`, otherwise the reason why not."""
-    return unavailable(device) or unsupported(spec)
+    reason = unavailable(device) or unsupported(spec)
+    if reason is None and spec.precision and not info()["isa"].startswith("amx"):
+        return f"products in int8 by kernels for amx, not by those for {info()['isa']}"
+    return reason
 
 
 def plan(spec: AttentionSpec, device: Device) -> str | None:

@@ -112,6 +112,8 @@ def _described(spec: AttentionSpec) -> dict[str, Any]:
         args["batch_invariant"] = True
     if spec.part_of_keys:
         args["part_of_keys"] = True
+    if spec.precision == "int8":
+        args["int8"] = True
     if spec.dropout_p > 0.0:
         args["dropout_p"] = spec.dropout_p
     if spec.block_map is not None:
