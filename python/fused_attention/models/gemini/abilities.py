@@ -92,9 +92,12 @@ def run(root: Path, seed: int, bf16: bool) -> None:
             stage.main(stage.arguments)
 
 
-def collect(root: Path, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+Found = dict[str, list[dict[str, Any]]]
+
+
+def collect(root: Path, seeds: list[int]) -> Found:
     """The scores of every stage, one entry a seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: Found = {}
     for seed in seeds:
         for stage in stages(root, seed, bf16=True):
             path = stage.folder / "scores.json"
@@ -107,49 +110,54 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _score(found: dict[str, list[dict[str, Any]]], stage: str, task: str, key: str = "scores") -> list[float]:
-    """For every seed."""
-    return [entry[key][task] for entry in found[stage]]
+def _together(found: Found, *stages: str) -> list[tuple[dict[str, Any], ...]]:
+    """The entries of these stages, for every seed that has all of them."""
+    by_seed = [{entry["seed"]: entry for entry in found.get(stage, [])} for stage in stages]
+    return [tuple(entries[seed] for entries in by_seed) for seed in by_seed[0] if all(seed in e for e in by_seed)]
 
 
-def _mean_score(found: dict[str, list[dict[str, Any]]], stage: str, tasks: tuple[str, ...]) -> list[float]:
-    return [_mean(list(values)) for values in zip(*(_score(found, stage, task) for task in tasks), strict=True)]
+def _accuracy(entry: dict[str, Any], tasks: tuple[str, ...]) -> float:
+    return _mean([entry["scores"][task] for task in tasks])
 
 
-def rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[float], str]]:
-    """Each line of the table: what, its value for every seed, what is asked for."""
+def rows(found: Found) -> Iterator[tuple[str, list[float], str]]:
+    """Each line of the table: what, its value for every seed that has it, what is asked for."""
     for model, (tasks, *_) in MODELS.items():
         for task in tasks:
             if task in ABILITIES:
-                yield ABILITIES[task][0], _score(found, model, task), f">= {ABILITIES[task][1]:.0%}"
-    pairs = zip(_score(found, "judge", "text"), _score(found, "text", "text"), strict=True)
-    yield "its perplexity, over that of text alone", [ours / alone for ours, alone in pairs], "<= 105%"
+                name, least = ABILITIES[task]
+                yield name, [e["scores"][task] for (e,) in _together(found, model)], f">= {least:.0%}"
+    pairs = _together(found, "judge", "text")
+    ratios = [judge["scores"]["text"] / text["scores"]["text"] for judge, text in pairs]
+    yield "its perplexity, over that of text alone", ratios, "<= 105%"
     read = MODELS["reader"].tasks
-    teacher, student, alone = (_mean_score(found, stage, read) for stage in ("reader", "student", "student-alone"))
-    sizes = [s["parameters"] / t["parameters"] for s, t in zip(found["student"], found["reader"], strict=True)]
-    yield "student of the reader: parameters", sizes, "<= 25%"
-    yield "accuracy, of the reader's", [s / t for s, t in zip(student, teacher, strict=True)], ">= 97%"
-    yield "accuracy, less that without the reader", [s - a for s, a in zip(student, alone, strict=True)], "> 0%"
+    taught = _together(found, "student", "reader", "student-alone")
+    yield "student of the reader: parameters", [s["parameters"] / t["parameters"] for s, t, _ in taught], "<= 25%"
+    of_teacher = [_accuracy(s, read) / _accuracy(t, read) for s, t, _ in taught]
+    yield "accuracy, of the reader's", of_teacher, ">= 97%"
+    more = [_accuracy(s, read) - _accuracy(alone, read) for s, _, alone in taught]
+    yield "accuracy, less that without the reader", more, "> 0%"
     for model, (tasks, *_) in MODELS.items():
         name = f"{model}-int8"
-        yield f"{name}: bytes, of float32's", [e["bytes"][1] / e["bytes"][0] for e in found[name]], "<= 35%"
+        made = [e for (e,) in _together(found, name)]
+        yield f"{name}: bytes, of float32's", [e["bytes"][1] / e["bytes"][0] for e in made], "<= 35%"
         for task in [t for t in tasks if t in ABILITIES]:
-            before, after = (_score(found, name, task, key) for key in ("before", "after"))
-            yield f"{name}: {task} lost", [b - a for b, a in zip(before, after, strict=True)], "<= 1%"
+            yield f"{name}: {task} lost", [e["before"][task] - e["after"][task] for e in made], "<= 1%"
     for model, (tasks, *_) in MODELS.items():
-        narrow = {entry["seed"]: entry["scores"] for entry in found.get(model + _BF16, [])}
-        single = {entry["seed"]: entry["scores"] for entry in found[model] if entry["seed"] in narrow}
-        for task in [t for t in tasks if t in ABILITIES and narrow]:
-            apart = [narrow[seed][task] - single[seed][task] for seed in single]
+        both = _together(found, model + _BF16, model)
+        for task in [t for t in tasks if t in ABILITIES]:
+            apart = [narrow["scores"][task] - single["scores"][task] for narrow, single in both]
             yield f"{task}: bfloat16 less float32", apart, "-1% .. 1%"
 
 
-def show(found: dict[str, list[dict[str, Any]]]) -> None:
+def show(found: Found) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("ability, on held-out data", "mean", "each seed", "asked")
     for name, values, asked in rows(found):
+        if not values:
+            continue
         table.add_row(name, f"{_mean(values):.1%}", " ".join(f"{value:.1%}" for value in values), asked)
     Console(width=120).print(table)
     minutes = {

@@ -23,6 +23,7 @@ from .processing import GeminiProcessor, pad_features
 ANSWERED = ("describe", "transcribe", "sentiment", "joint")
 _BATCH = 64
 _LONGEST_ANSWER = 12  # tokens
+_DRAWINGS = 5  # of each prompt: what is drawn is drawn at random
 _TEMPERATURE = 0.7  # of drawing: below 1, where a minute's training is surest
 
 
@@ -113,7 +114,7 @@ def evaluate(
         if task in ANSWERED:
             right = [text == e.text for e, text in answers(model, processor, examples, **options)]
         elif task == "draw":
-            pictures = drawn(model, processor, examples)
+            pictures = [made for seed in range(_DRAWINGS) for made in drawn(model, processor, examples, seed)]
             seen = judges.digit_judge().recognise(torch.stack([image for _, image in pictures]))
             right = [e.answer == digit for (e, _), digit in zip(pictures, seen.tolist(), strict=True)]
         elif task == "say":
