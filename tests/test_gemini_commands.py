@@ -63,9 +63,11 @@ def test_training_goes_on_where_it_stopped(base: Path, tmp_path: Path, capsys: p
 
     def trainer(folder: str) -> Trainer:
         model.load_state_dict(start)
-        batches = train.Batches(processor, model.config, {"text": 1.0, "say": 1.0}, 4, seed=0)
+        batches = train.Batches(processor, model.config, {"text": 1.0, "say": 1.0}, 4, seed=0, insertion=0.2)
         return Trainer(model, recipe, batches, train.losses, tmp_path / folder)
 
+    with pytest.raises(ValueError, match="insertion: got 1.5"):
+        train.Batches(processor, model.config, {"text": 1.0}, 4, seed=0, insertion=1.5)
     whole = trainer("whole")
     whole.run(show=False)
     expected = {name: t.clone() for name, t in model.state_dict().items()}

@@ -107,9 +107,7 @@ class _Products(nn.Module):
 
 
 def test_products_of_bfloat16_are_rounded_once() -> None:
-    """Every product against float64 of the same bfloat16 operands, forward and backward: half a unit in the last place
-    of its largest summand, and no other dtype is touched.
-    """
+    """Every product against float64 of the same bfloat16 operands, to one rounding; no other dtype is touched."""
     torch.manual_seed(2)
     x, w, bias = (torch.randn(*s).bfloat16() for s in ((9, 300), (300, 11), (11,)))
     signal, kernel = torch.randn(2, 3, 20).bfloat16(), torch.randn(5, 3, 4).bfloat16()

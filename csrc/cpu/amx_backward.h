@@ -1,5 +1,5 @@
-// dQ, dK and dV on the matrix unit, for bfloat16, float16 and float32: backward.h's sums, on tiles. For each panel of 32 rows and
-// each block of up to 128 keys, all of them [keys, 32]:
+// dQ, dK and dV on the matrix unit, for bfloat16, float16 and float32: backward.h's sums, on tiles. For each panel of 32
+// rows and each block of up to 128 keys, all of them [keys, 32]:
 //
 //   S^T = K Q^T;   dP^T = V dO^T;   P^T = exp2(c S^T - log2(e) lse);   dS^T = P^T (dP^T - delta - rest)
 //   dV += P^T dO;   dK += dS^T Q (of up to 128 rows at once);   dQ^T += K^T dS^T

@@ -1,5 +1,5 @@
-// Forward pass on the matrix unit, for bfloat16, float16 and float32: forward.h's online softmax, transposed. For each panel of
-// 32 rows and each block of up to 128 keys:
+// Forward pass on the matrix unit, for bfloat16, float16 and float32: forward.h's online softmax, transposed. For each
+// panel of 32 rows and each block of up to 128 keys:
 //
 //   S^T = K Q^T [keys, 32];   P^T = exp2(c S^T - t);   O^T = alpha O^T + V^T P^T [DV, 32]
 //

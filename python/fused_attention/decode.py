@@ -100,9 +100,9 @@ def decode_attention(
 
 def _in_tensors(cache: object) -> bool:
     """Whether a step changes nothing of the cache but its tensors, so that a graph can hold it."""
-    return (
-        isinstance(cache, KVCache) and cache.window is None or isinstance(cache, PagedKVCache) and not cache.managed_by
-    )
+    if isinstance(cache, KVCache):
+        return cache.window is None
+    return isinstance(cache, PagedKVCache) and cache.managed_by is None
 
 
 def _rope(rope: object) -> tuple[Tensor | None, Tensor | None, bool]:

@@ -1,8 +1,8 @@
 """Products of bfloat16 matrices on a processor that has no instruction for them.
 
-There, PyTorch multiplies bfloat16 one element at a time, about thirty times as slowly as float32. The product of two
-bfloat16 numbers is exact in float32, and the instructions that are missing add such products up in float32 and round
-the sum once: so does a float32 product of the same operands.
+There PyTorch multiplies bfloat16 matrices slowly: those of this model, on AVX2, in 39 to 67 times the time
+of float32. The product of two bfloat16 numbers is exact in float32, and the instructions that are missing add such
+products up in float32 and round the sum once: so does a float32 product of the same operands.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ class Batches:
         seed: int,
         insertion: float = 0.0,
     ):
+        if not 0.0 <= insertion <= 1.0:
+            raise ValueError(f"insertion: got {insertion}, expected a share, 0 to 1")
         self.collate = Collator(processor, config.image_out_tokens, config.audio_reduction)
         self.weights, self.size, self.seed, self.insertion = weights, size, seed, insertion
         self._stream: MixedBatches | None = None
