@@ -66,6 +66,8 @@ def test_training_goes_on_where_it_stopped(base: Path, tmp_path: Path, capsys: p
         batches = train.Batches(processor, model.config, {"text": 1.0, "say": 1.0}, 4, seed=0, insertion=0.2)
         return Trainer(model, recipe, batches, train.losses, tmp_path / folder)
 
+    with pytest.raises(ValueError, match="moved: got 1.5"):
+        train.Batches(processor, model.config, {"describe": 1.0}, 4, seed=0, moved=1.5)(0, 0)
     with pytest.raises(ValueError, match="insertion: got 1.5"):
         train.Batches(processor, model.config, {"text": 1.0}, 4, seed=0, insertion=1.5)
     whole = trainer("whole")
@@ -85,7 +87,7 @@ def test_distil(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     distill.main([str(tmp_path / "student"), *options])
     assert "parameters" in capsys.readouterr().out
     log = json.loads((tmp_path / "student" / "log.json").read_text())
-    assert all(entry["distillation_loss"] > 0.0 for entry in log)
+    assert all(entry["distillation_loss"] > 0.0 and 0.0 < entry["hint_loss"] < 1.0 for entry in log)
 
 
 def test_quantise(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

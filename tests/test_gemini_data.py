@@ -154,6 +154,17 @@ def test_what_is_held_out_is_not_trained_on() -> None:
         assert example.image is not None and tuple(example.image.flatten().tolist()) not in test
 
 
+@pytest.mark.parametrize("moved, least, most", [(0.0, 1.0, 1.0), (0.5, 0.45, 0.62), (1.0, 0.0, 0.15)])
+@pytest.mark.parametrize("task", ["describe", "joint"])
+def test_a_share_of_the_pictures_is_moved(task: str, moved: float, least: float, most: float) -> None:
+    """The others are the originals; of the moved ones a few stay where they were, at nearly full brightness."""
+    originals = {tuple(image.flatten().tolist()) for image in digits.load("train").images}
+    rng = np.random.default_rng(0)
+    drawn = [training_example(task, rng, moved).images[0] for _ in range(500)]
+    same = sum(tuple(image.flatten().tolist()) in originals for image in drawn) / len(drawn)
+    assert least <= same <= most
+
+
 def test_joint_examples_say_yes_to_the_same_digit() -> None:
     """The answer against the picture's label and the clip's, found again by their contents."""
     data = digits.load("test")

@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'fused-attention[gemini]'")
 pytest.importorskip("transformers", reason="the models need transformers: pip install 'fused-attention[gemini]'")
 
-from fused_attention.models.gemini.distillation import Distillation, distillation_loss
+from fused_attention.models.gemini.distillation import Distillation, alignment, distillation_loss, hint_loss
 from fused_attention.models.gemini.precision import Float32Products
 from fused_attention.models.gemini.training import Recipe, Trainer, draw_losses, make_optimizer
 
@@ -199,3 +199,47 @@ def test_distillation_refuses_what_is_wrong() -> None:
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), 0.0)
     with pytest.raises(ValueError, match="alpha"):
         Distillation(nn.Linear(1, 1), alpha=1.5)
+    with pytest.raises(ValueError, match="hint"):
+        Distillation(nn.Linear(1, 1), hint=-1.0)
+
+
+def test_the_alignment_is_that_of_the_kernels() -> None:
+    """tr(K L) / sqrt(tr(K K) tr(L L)) with K and L the centred matrices of inner products."""
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    y[:, :2] += x[:, :2]
+    centre = torch.eye(9, dtype=torch.float64) - 1.0 / 9.0
+    k, m = (centre @ t @ t.T @ centre for t in (x, y))
+    expected = (k @ m).trace() / ((k @ k).trace() * (m @ m).trace()).sqrt()
+    torch.testing.assert_close(alignment(x, y).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_alignment_sees_through_turns_scales_and_shifts_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 6)
+    turn = torch.linalg.qr(torch.randn(6, 6)).Q
+    assert abs(float(alignment(x, 3.0 * x @ turn + 5.0)) - 1.0) < 1e-5
+    other = torch.randn(20, 6)
+    assert float(alignment(x, other)) < 0.7
+    torch.testing.assert_close(alignment(x, other), alignment(other, x))
+    same = torch.ones(20, 6, requires_grad=True)
+    found = alignment(same, x)
+    found.backward()
+    assert found.item() == 0.0 and same.grad is not None and bool(same.grad.isfinite().all())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(alignment(x, other)) == float(alignment(x, other.clone())) and alignment(x, x) > 0.99999
+
+
+def test_hints_compare_the_like_depth_at_each_place() -> None:
+    torch.manual_seed(0)
+    teacher = tuple(torch.randn(2, 5, 8) for _ in range(6))
+    place = torch.rand(2, 5) > 0.3
+    copied = tuple(2.0 * teacher[i] + 1.0 for i in (0, 2, 3, 5))  # three layers beside five
+    assert float(hint_loss(copied, teacher, [place, ~place])) < 1e-5
+    elsewhere = tuple(torch.where(place[..., None], x, torch.randn_like(x)) for x in copied)
+    assert float(hint_loss(elsewhere, teacher, [place])) < 1e-5 < 0.05 < float(hint_loss(elsewhere, teacher, [~place]))
+    moved = tuple(teacher[i].clone().requires_grad_() for i in (1, 2, 3, 5))
+    loss = hint_loss(moved, teacher, [place])
+    loss.backward()
+    gradients = [float(x.grad.abs().max()) for x in moved if x.grad is not None]
+    assert gradients[0] > 1e-3 and max(gradients[1:]) < 1e-5

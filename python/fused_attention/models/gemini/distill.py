@@ -2,8 +2,8 @@
 
     python -m fused_attention.models.gemini.distill runs/student --teacher runs/base
 
-The student learns from the labels and from the teacher's probabilities (`distillation.py`); the same student from the
-labels alone is what `train --size student` makes. The folder gets what `train` writes.
+The student learns from the labels, the teacher's probabilities and its hidden states (`distillation.py`); the same
+student from the labels alone is what `train --size student` makes. The folder gets what `train` writes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ def distill(args: argparse.Namespace) -> dict[str, float]:
     student = GeminiForConditionalGeneration(student_config(vocab_size=teacher.config.vocab_size))
     share = student.num_parameters() / teacher.num_parameters()
     print(f"a student of {student.num_parameters():,} parameters, {share:.1%} of the teacher's")
-    batches = Batches(
-        processor, student.config, {task: WEIGHTS[task] for task in args.tasks}, args.batch_size, args.seed
-    )
-    losses = Distillation(teacher, args.temperature, args.alpha)
+    weights = {task: WEIGHTS[task] for task in args.tasks}
+    batches = Batches(processor, student.config, weights, args.batch_size, args.seed, args.moved)
+    losses = Distillation(teacher, args.temperature, args.alpha, args.hint)
     trainer = Trainer(student, recipe_of(args), batches, losses, args.folder)
     return complete(trainer, processor, args)
 
@@ -41,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_recipe_arguments(p, steps=400, rate=2e-3)
     p.add_argument("--teacher", type=Path, required=True, metavar="FOLDER", help="what `train` wrote")
     p.add_argument("--temperature", type=float, default=2.0)
-    p.add_argument("--alpha", type=float, default=0.5, help="the teacher's weight in the loss, 0 to 1")
+    p.add_argument("--alpha", type=float, default=0.5, help="the teacher's share of the text's loss, 0 to 1")
+    p.add_argument("--hint", type=float, default=8.0, help="the weight of the hidden states' distance to the teacher's")
     distill(p.parse_args(arguments))
 
 

@@ -42,7 +42,8 @@ def make_processor(config: GeminiConfig | None = None, vocab_size: int = VOCABUL
 
 
 class Batches:
-    """`batches(step, rank)` for the `Trainer`: tasks mixed by weight; insertion: see `insert_words`."""
+    """`batches(step, rank)` for the `Trainer`: tasks mixed by weight; moved: see `training_example`; insertion: see
+    `insert_words`."""
 
     def __init__(
         self,
@@ -51,17 +52,18 @@ class Batches:
         weights: Mapping[str, float],
         size: int,
         seed: int,
+        moved: float = 1.0,
         insertion: float = 0.0,
     ):
         if not 0.0 <= insertion <= 1.0:
             raise ValueError(f"insertion: got {insertion}, expected a share, 0 to 1")
         self.collate = Collator(processor, config.image_out_tokens, config.audio_reduction)
-        self.weights, self.size, self.seed, self.insertion = weights, size, seed, insertion
+        self.weights, self.size, self.seed, self.moved, self.insertion = weights, size, seed, moved, insertion
         self._stream: MixedBatches | None = None
 
     def __call__(self, step: int, rank: int) -> dict[str, Tensor]:
         if self._stream is None or self._stream.step != step or self._stream.rank != rank:
-            self._stream = MixedBatches(self.weights, self.size, self.seed, start=step, rank=rank)
+            self._stream = MixedBatches(self.weights, self.size, self.seed, step, rank, self.moved)
         examples = next(self._stream)
         if self.insertion:
             rng = np.random.default_rng([self.seed, rank, step])
@@ -83,6 +85,8 @@ def add_recipe_arguments(p: argparse.ArgumentParser, steps: int, rate: float) ->
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--learning-rate", type=float, default=rate)
     p.add_argument("--seed", type=int, default=0)
+    more = "the share of pictures that are moved by up to a pixel and dimmed, default 1; the others stay as they are"
+    p.add_argument("--moved", type=float, default=1.0, metavar="SHARE", help=more)
     p.add_argument("--bf16", action="store_true", help="mixed precision: bfloat16 autocast")
     p.add_argument("--tasks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="default: all")
     p.add_argument("--limit", type=int, help="held-out examples of each task to measure; default all")
@@ -143,7 +147,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if args.checkpoint_layers:
         model.gradient_checkpointing_enable()
     weights = {task: WEIGHTS[task] for task in args.tasks}
-    batches = Batches(processor, model.config, weights, args.batch_size, args.seed, args.insertion)
+    batches = Batches(processor, model.config, weights, args.batch_size, args.seed, args.moved, args.insertion)
     trainer = Trainer(model, recipe_of(args), batches, losses, args.folder)
     return complete(trainer, processor, args)
 

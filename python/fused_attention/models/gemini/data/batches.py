@@ -107,10 +107,17 @@ class MixedBatches:
         seed: of all that is drawn.
         start: the number of the first batch.
         rank: other numbers, for other processes, give other examples.
+        moved: see `training_example`.
     """
 
     def __init__(
-        self, weights: Mapping[str, float] = WEIGHTS, batch_size: int = 32, seed: int = 0, start: int = 0, rank: int = 0
+        self,
+        weights: Mapping[str, float] = WEIGHTS,
+        batch_size: int = 32,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        moved: float = 1.0,
     ) -> None:
         if batch_size < 1 or start < 0:
             raise ValueError(f"batch_size, start: got {batch_size}, {start}, expected at least 1 and 0")
@@ -119,7 +126,9 @@ class MixedBatches:
         self._tasks = list(weights)
         self._shares = np.array([weights[task] for task in self._tasks], dtype=np.float64)
         self._shares /= self._shares.sum()
-        self.batch_size, self.seed, self.step, self.rank = batch_size, seed, start, rank
+        if not 0.0 <= moved <= 1.0:
+            raise ValueError(f"moved: got {moved}, expected a share, 0 to 1")
+        self.batch_size, self.seed, self.step, self.rank, self.moved = batch_size, seed, start, rank, moved
         self._pool: list[list[Example]] = []
         self._pool_number = -1
 
@@ -137,7 +146,7 @@ class MixedBatches:
         """The batches of one pool, sorted by length within it and then shuffled."""
         rng = np.random.default_rng([self.seed, self.rank, number])
         names = rng.choice(self._tasks, size=_POOL * self.batch_size, p=self._shares)
-        examples = sorted((training_example(str(name), rng) for name in names), key=_length)
+        examples = sorted((training_example(str(name), rng, self.moved) for name in names), key=_length)
         lists = [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
         return [lists[i] for i in rng.permutation(len(lists))]
 

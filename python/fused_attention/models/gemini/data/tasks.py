@@ -93,11 +93,15 @@ class Example:
             raise ValueError("an example has one target: text, image or sound")
 
 
-def training_example(task: str, rng: np.random.Generator) -> Example:
-    """An example of `task` from the training data, drawn and augmented with `rng`."""
+def training_example(task: str, rng: np.random.Generator, moved: float = 1.0) -> Example:
+    """An example of `task` from the training data, drawn and augmented with `rng`.
+
+    moved: the share of the pictures looked at that are augmented (`digits.augment`), 0 to 1; the others stay as they
+    are in the data, and so in the test.
+    """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {list(TASKS)}")
-    return TASKS[task](rng)
+    return TASKS[task](rng, moved)
 
 
 @functools.cache
@@ -201,12 +205,13 @@ def pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def _training_image(rng: np.random.Generator, digit: int | None = None, move: bool = True) -> tuple[Tensor, int]:
+def _training_image(rng: np.random.Generator, moved: float) -> tuple[Tensor, int]:
     data = digits.load("train")
-    rows = torch.arange(len(data.labels)) if digit is None else (data.labels == digit).nonzero()[:, 0]
-    row = int(rows[int(rng.integers(len(rows)))])
+    row = int(rng.integers(len(data.labels)))
     image = data.images[row]
-    return digits.augment(image, rng) if move else image, int(data.labels[row])
+    if moved >= 1.0 or (moved > 0.0 and rng.random() < moved):
+        image = digits.augment(image, rng)
+    return image, int(data.labels[row])
 
 
 def _training_clip(rng: np.random.Generator, word: int | None = None) -> tuple[Tensor, int]:
@@ -218,8 +223,8 @@ def _training_clip(rng: np.random.Generator, word: int | None = None) -> tuple[T
     return frames, clips[index].word
 
 
-def _training_comparison(rng: np.random.Generator) -> Example:
-    image, digit = _training_image(rng)
+def _training_comparison(rng: np.random.Generator, moved: float) -> Example:
+    image, digit = _training_image(rng, moved)
     other = (digit + int(rng.integers(1, 10))) % 10
     frames, word = _training_clip(rng, digit if rng.random() < 0.5 else other)
     return compare(image, digit, frames, word, pick(rng, JOINT))
@@ -235,12 +240,12 @@ def _training_sentiment(rng: np.random.Generator) -> Example:
     return classify(made[int(rng.integers(len(made)))], pick(rng, SENTIMENT))
 
 
-TASKS: dict[str, Callable[[np.random.Generator], Example]] = {
-    "describe": lambda rng: describe(*_training_image(rng), pick(rng, DESCRIBE)),
-    "transcribe": lambda rng: transcribe(*_training_clip(rng), pick(rng, TRANSCRIBE)),
-    "sentiment": _training_sentiment,
+TASKS: dict[str, Callable[[np.random.Generator, float], Example]] = {
+    "describe": lambda rng, moved: describe(*_training_image(rng, moved), pick(rng, DESCRIBE)),
+    "transcribe": lambda rng, _: transcribe(*_training_clip(rng), pick(rng, TRANSCRIBE)),
+    "sentiment": lambda rng, _: _training_sentiment(rng),
     "joint": _training_comparison,
-    "draw": lambda rng: draw(*_training_image(rng, move=False), pick(rng, DRAW)),
-    "say": _training_speech,
-    "text": lambda rng: continue_text(pick(rng, text.sentences("train"))),
+    "draw": lambda rng, _: draw(*_training_image(rng, 0.0), pick(rng, DRAW)),
+    "say": lambda rng, _: _training_speech(rng),
+    "text": lambda rng, _: continue_text(pick(rng, text.sentences("train"))),
 }
