@@ -241,12 +241,8 @@ class AmxBackwardTask {
     for (int sub = it.first; sub < it.last; ++sub) {
       const int64_t at = sub * kPanel * kPanel;
       const Forms to = panel_forms(it.panel, sub);
-      if (f_.packed.parts == 1)
-        gradients_of<1, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
-      else if (f_.packed.parts == 2)
-        gradients_of<2, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
-      else
-        gradients_of<3, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
+      with_parts(f_.packed.parts,
+                 [&](auto n) { gradients_of<n.value, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to); });
       soon_.run_share(it.last - sub);
       later_.run_share((kBlockPanels - it.panel) * kSubs - sub);
     }
@@ -272,12 +268,8 @@ class AmxBackwardTask {
     for (int sub = it.first; sub < it.last; ++sub) {
       const int64_t at = sub * kPanel * kPanel;
       const Forms to = panel_forms(it.panel, sub);
-      if (f_.packed.parts == 1)
-        gradients_of<1, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
-      else if (f_.packed.parts == 2)
-        gradients_of<2, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
-      else
-        gradients_of<3, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
+      with_parts(f_.packed.parts,
+                 [&](auto n) { gradients_of<n.value, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to); });
     }
     return true;
   }

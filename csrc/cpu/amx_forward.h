@@ -191,12 +191,8 @@ class AmxForwardTask {
     }
     for (int sub = it.first; sub < it.last; ++sub) {
       const int64_t at = sub * kPanel * kPanel;
-      if (f_.packed.parts == 1)
-        weights_of<1>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
-      else if (f_.packed.parts == 2)
-        weights_of<2>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
-      else
-        weights_of<3>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem);
+      with_parts(f_.packed.parts,
+                 [&](auto n) { weights_of<n.value>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem); });
       queue_.run_share(it.last - sub);
     }
     for (int l = 0; l < kLanes; ++l) store<float>(sums + l * VL<float>, load<float>(sums + l * VL<float>) + sum[l]);
@@ -218,12 +214,7 @@ class AmxForwardTask {
     from_rows(it, w_.rows, kRowStep, s);
     const int64_t at = it.first * kPanel * kPanel;
     const int count = (it.last - it.first) * kPanel;
-    if (f_.packed.parts == 1)
-      pairs_of_keys<1>(s + at, count, pairs(turn) + at, kItem);
-    else if (f_.packed.parts == 2)
-      pairs_of_keys<2>(s + at, count, pairs(turn) + at, kItem);
-    else
-      pairs_of_keys<3>(s + at, count, pairs(turn) + at, kItem);
+    with_parts(f_.packed.parts, [&](auto n) { pairs_of_keys<n.value>(s + at, count, pairs(turn) + at, kItem); });
     bool moved = false;
     for (int i = 0; i < it.rows; ++i) moved = moved || w_.alpha[i] != 1;
     if (moved) shrink(it.panel);

@@ -19,6 +19,21 @@ constexpr int kTile = kTileBytes * 8;  // elements of a bf16 tile
 constexpr int64_t kMaxHeadDim = 512;
 
 FA_INLINE int parts_of(DType type) { return type == DType::f32 ? 3 : type == DType::f16 ? 2 : 1; }
+
+// run(n) with n.value a constant: the number of parts.
+template <int N>
+struct Parts {
+  static constexpr int value = N;
+};
+template <class Run>
+FA_INLINE void with_parts(int parts, Run run) {
+  if (parts == 1)
+    run(Parts<1>{});
+  else if (parts == 2)
+    run(Parts<2>{});
+  else
+    run(Parts<3>{});
+}
 FA_INLINE int64_t panel_width(int64_t columns) { return round_up(columns, 32); }
 
 // The bits of x rounded to bf16 (nearest even; subnormal results may stay), in the upper half of each lane.
