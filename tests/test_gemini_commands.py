@@ -67,7 +67,7 @@ def test_training_goes_on_where_it_stopped(base: Path, tmp_path: Path, capsys: p
         return Trainer(model, recipe, batches, train.losses, tmp_path / folder)
 
     with pytest.raises(ValueError, match="moved: got 1.5"):
-        train.Batches(processor, model.config, {"describe": 1.0}, 4, seed=0, moved=1.5)(0, 0)
+        train.Batches(processor, model.config, {"describe": 1.0}, 4, seed=0, moved=1.5)
     with pytest.raises(ValueError, match="insertion: got 1.5"):
         train.Batches(processor, model.config, {"text": 1.0}, 4, seed=0, insertion=1.5)
     whole = trainer("whole")

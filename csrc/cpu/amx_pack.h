@@ -34,6 +34,7 @@ FA_INLINE void with_parts(int parts, Run run) {
   else
     run(Parts<3>{});
 }
+
 FA_INLINE int64_t panel_width(int64_t columns) { return round_up(columns, 32); }
 
 // The bits of x rounded to bf16 (nearest even; subnormal results may stay), in the upper half of each lane.

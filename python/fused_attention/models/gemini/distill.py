@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 
 from .configuration import student_config
-from .data.batches import WEIGHTS
 from .distillation import Distillation
 from .generation import GeminiForConditionalGeneration
-from .train import Batches, add_recipe_arguments, complete, load, recipe_of
+from .train import add_recipe_arguments, batches_of, complete, load, recipe_of
 from .training import Trainer
 
 
@@ -27,8 +26,7 @@ def distill(args: argparse.Namespace) -> dict[str, float]:
     student = GeminiForConditionalGeneration(student_config(vocab_size=teacher.config.vocab_size))
     share = student.num_parameters() / teacher.num_parameters()
     print(f"a student of {student.num_parameters():,} parameters, {share:.1%} of the teacher's")
-    weights = {task: WEIGHTS[task] for task in args.tasks}
-    batches = Batches(processor, student.config, weights, args.batch_size, args.seed, args.moved)
+    batches = batches_of(processor, student.config, args)
     losses = Distillation(teacher, args.temperature, args.alpha, args.hint)
     trainer = Trainer(student, recipe_of(args), batches, losses, args.folder)
     return complete(trainer, processor, args)

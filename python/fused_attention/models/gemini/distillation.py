@@ -93,20 +93,19 @@ class Distillation:
         with torch.no_grad():
             wanted = self.teacher(**batch, **options)
         weights = batch["label_weights"] if "label_weights" in batch else batch["labels"] != -100
-        # Position s predicts token s + 1.
-        kl = distillation_loss(found.logits[:, :-1], wanted.logits[:, :-1], self.temperature, weights[:, 1:])
+        weights = F.pad(weights[:, 1:], (0, 1))  # position s predicts token s + 1
+        kl = distillation_loss(found.logits, wanted.logits, self.temperature, weights)
         loss = found.loss - self.alpha * found.text_loss + self.alpha * kl
         if self.hint:
-            places = self._places(batch["input_ids"], weights)
+            places = self._places(batch["input_ids"], weights != 0)
             losses["hint_loss"] = hint_loss(found.hidden_states, wanted.hidden_states, places)
             loss = loss + self.hint * losses["hint_loss"]
         return {"loss": loss, "distillation_loss": kl, **losses}
 
-    def _places(self, ids: Tensor, weights: Tensor) -> list[Tensor]:
+    def _places(self, ids: Tensor, predicting: Tensor) -> list[Tensor]:
         """Masks [B, S] of the slots of the input, if there are any, and of what predicts a label."""
         config: Any = self.teacher.config
         slots = (ids == config.image_token_id) | (ids == config.audio_token_id)
-        predicting = F.pad(weights[:, 1:] != 0, (0, 1))
         return [place for place in (slots, predicting) if bool(place.any())]
 
 

@@ -11,6 +11,7 @@ fused_attention.models.gemini.train ...`, whose options choose DDP or FSDP.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,12 +59,13 @@ class Batches:
         if not 0.0 <= insertion <= 1.0:
             raise ValueError(f"insertion: got {insertion}, expected a share, 0 to 1")
         self.collate = Collator(processor, config.image_out_tokens, config.audio_reduction)
-        self.weights, self.size, self.seed, self.moved, self.insertion = weights, size, seed, moved, insertion
-        self._stream: MixedBatches | None = None
+        self.seed, self.insertion = seed, insertion
+        self._stream_from = functools.partial(MixedBatches, weights, size, seed, moved=moved)
+        self._stream = self._stream_from()
 
     def __call__(self, step: int, rank: int) -> dict[str, Tensor]:
-        if self._stream is None or self._stream.step != step or self._stream.rank != rank:
-            self._stream = MixedBatches(self.weights, self.size, self.seed, step, rank, self.moved)
+        if (self._stream.step, self._stream.rank) != (step, rank):
+            self._stream = self._stream_from(start=step, rank=rank)
         examples = next(self._stream)
         if self.insertion:
             rng = np.random.default_rng([self.seed, rank, step])
@@ -87,10 +89,17 @@ def add_recipe_arguments(p: argparse.ArgumentParser, steps: int, rate: float) ->
     p.add_argument("--seed", type=int, default=0)
     more = "the share of pictures that are moved by up to a pixel and dimmed, default 1; the others stay as they are"
     p.add_argument("--moved", type=float, default=1.0, metavar="SHARE", help=more)
+    more = "put words without meaning before this share of the prompts' words"
+    p.add_argument("--insertion", type=float, default=0.0, metavar="SHARE", help=more)
     p.add_argument("--bf16", action="store_true", help="mixed precision: bfloat16 autocast")
     p.add_argument("--tasks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="default: all")
     p.add_argument("--limit", type=int, help="held-out examples of each task to measure; default all")
     p.add_argument("--no-scores", action="store_true", help="do not measure at the end")
+
+
+def batches_of(processor: GeminiProcessor, config: GeminiConfig, args: argparse.Namespace) -> Batches:
+    weights = {task: WEIGHTS[task] for task in args.tasks}
+    return Batches(processor, config, weights, args.batch_size, args.seed, args.moved, args.insertion)
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -146,8 +155,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         model = GeminiForConditionalGeneration._from_config(config, **options)
     if args.checkpoint_layers:
         model.gradient_checkpointing_enable()
-    weights = {task: WEIGHTS[task] for task in args.tasks}
-    batches = Batches(processor, model.config, weights, args.batch_size, args.seed, args.moved, args.insertion)
+    batches = batches_of(processor, model.config, args)
     trainer = Trainer(model, recipe_of(args), batches, losses, args.folder)
     return complete(trainer, processor, args)
 
@@ -159,8 +167,6 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--size", choices=SIZES, default="teacher")
     p.add_argument("--from", dest="start", type=Path, metavar="FOLDER", help="go on from a trained model: fine-tune")
     p.add_argument("--attention", choices=(NAME, "eager"), default=NAME)
-    more = "put words without meaning before this share of the prompts' words"
-    p.add_argument("--insertion", type=float, default=0.0, metavar="SHARE", help=more)
     p.add_argument("--checkpoint-layers", action="store_true", help="recompute layers in the backward pass, for memory")
     train(p.parse_args(arguments))
 
