@@ -48,9 +48,10 @@ KERNEL_ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DFA_AMX=1"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-DFA_PRODUCTS=3"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DFA_PRODUCTS=1"],
     # The same source with the matrix unit in plain C++, for tests on any processor: taken only when asked for by name.
-    "amx_emulated": ["-DFA_AMX=2", "-Wno-psabi"],
+    "amx_emulated": ["-DFA_PRODUCTS=2", "-Wno-psabi"],
 }
 
 # Written into the package, and read by its backends, when there is no extension: why there is none.

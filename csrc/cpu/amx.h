@@ -1,23 +1,25 @@
 // The matrix unit of Intel AMX: eight tile registers of 16 rows of 64 bytes, and products of blocks on them.
 //
-//   dot:     C [16, 16] f32 += A [16, 32] bf16 * B [32, 16] bf16,  B as 16 rows of 16 pairs (rows 2k and 2k + 1 of B)
-//   dot_i8:  C [16, 16] i32 += A [16, 64] i8 * B [64, 16] i8,      B as 16 rows of 16 quadruples
+// TDPBF16PS for bf16, TDPBSSD for i8.
 //
-// With FA_AMX == 1 these are the instructions. With FA_AMX == 2 they are the same in plain C++, in the order of
+// With FA_PRODUCTS == 1 these are the instructions. With FA_PRODUCTS == 2 they are the same in plain C++, in the order of
 // summation and with the roundings that Intel's manual gives for TDPBF16PS ("Software Developer's Manual", volume 2),
 // so that everything built on them can be run and tested on any processor.
 #pragma once
-#include "convert.h"
-#if FA_AMX == 1
+#include "product.h"
+#if FA_PRODUCTS == 1
   #include <immintrin.h>
 #endif
 
 FA_BEGIN
 
+constexpr uint8_t kCodeZero = 0;      // what stands for 0 in the codes of A
+constexpr double kProductSpeed = 16;  // multiply-adds of bf16 in the time of one of float32
+constexpr bool kParts = true;         // whether several of them are faster than one of float32
+
 // A 2 x 2 block of C takes four registers, two tiles of A and two of B the other four: each tile that is loaded enters
 // two products.
 enum Register { kC00, kC01, kC10, kC11, kA0, kA1, kB0, kB1, kRegisters };
-constexpr int kTileRows = 16, kTileBytes = 64;
 
 struct alignas(64) TileConfig {  // the operand of LDTILECFG; every register has the full size
   uint8_t palette = 1, start_row = 0, reserved0[14] = {};
@@ -27,7 +29,7 @@ struct alignas(64) TileConfig {  // the operand of LDTILECFG; every register has
 };
 static_assert(sizeof(TileConfig) == 64, "as LDTILECFG reads it");
 
-#if FA_AMX == 1
+#if FA_PRODUCTS == 1
 
 // Compilers take few or none of the bytes that a tile instruction reads or writes for its operands: what was stored
 // before it must be in memory, and what is loaded after it must come from there.
@@ -118,15 +120,6 @@ FA_INLINE void tile_zero() {
   __builtin_memset(configured_tiles().bytes[R], 0, sizeof tile_file.bytes[R]);
 }
 
-// Subnormal numbers are zero, going in and coming out.
-FA_INLINE float flush(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 0.0f : x; }
-
-// A fused multiply-add of two bf16 and an f32, rounded once: in double the product is exact, and the sum unless one of
-// its terms is too small to matter to the float.
-FA_INLINE float multiply_add(float a, float b, float c) {
-  return flush(static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c)));
-}
-
 [[maybe_unused]] static void emulated_dot(float* c, const uint16_t* a, const uint16_t* b) {
   constexpr int N = kTileBytes / 4;
   float b_even[kTileRows][N], b_odd[kTileRows][N];
@@ -174,35 +167,6 @@ FA_INLINE void tile_dot_i8() {
 
 #endif
 
-// An operand of a product, in tiles: the address of the first, bytes from row to row, and elements to its neighbour (the
-// next 16 rows of A or columns of B), to the next 32 terms of the sum, and from part to part. A bf16 number is its one
-// part, a float16 is the sum of two, a float32 of three: each part is what the ones before leave, rounded to bf16.
-struct Operand {
-  const uint16_t* at;
-  int64_t row_bytes, neighbour, step, part;
-};
-
-// Which parts of A and of B are multiplied. The first one is for bf16; the first three for two parts, where one of the
-// operands was rounded to them; four are the exact product of two parts; six leave of three what is below 2^-24 of the
-// product (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype", 2019).
-struct Term {
-  int8_t a, b;
-};
-constexpr Term kTerms[] = {{0, 0}, {1, 0}, {0, 1}, {1, 1}, {2, 0}, {0, 2}};
-// How many of them for one, two and three parts: of numbers as they are, and where one operand was rounded to parts.
-constexpr int kExact[] = {1, 4, 6}, kRounded[] = {1, 3, 6};
-
-// C [32, 32] = or += A [32, 32 steps] B [32 steps, 32], summed over pairs of parts.
-struct Product {
-  Operand a, b;
-  float* c;
-  int64_t c_row_bytes, c_down, c_right;  // elements to the tile below and to the one beside
-  int steps;
-  int terms;  // of kTerms, from the first
-  bool add;
-  bool int8;  // A and B are of i8, two in the place of one bf16, and C is of i32
-};
-
 template <bool INT8, Register C>
 FA_INLINE void dot_of() {
   if constexpr (INT8)
@@ -244,45 +208,5 @@ FA_OUTLINE void multiply(const Product& p) {
   tile_store<kC10>(c1, p.c_row_bytes);
   tile_store<kC11>(c1 + p.c_right, p.c_row_bytes);
 }
-
-// Products that wait to be run between pieces of vector work, so that both units are busy: `count` of them, each so many
-// elements further on.
-struct Batch {
-  Product first;
-  int count;
-  int64_t a, b, c;
-};
-class Queue {
- public:
-  void push(const Batch& batch) {
-    if (batch.count <= 0 || batch.first.steps <= 0) return;
-    if (end_ == kMost) run_all();
-    batches_[end_++] = batch;
-    left_ += batch.count;
-  }
-  // The share of what is left that falls to one of `pieces` pieces of vector work.
-  void run_share(int pieces) {
-    for (int n = (left_ + pieces - 1) / pieces; n > 0; --n) run_one();
-  }
-  void run_all() {
-    while (left_) run_one();
-  }
-
- private:
-  static constexpr int kMost = 16;
-  Batch batches_[kMost];
-  int begin_ = 0, end_ = 0, left_ = 0;
-
-  void run_one() {
-    Batch& b = batches_[begin_];
-    if (b.first.int8)
-      multiply<true>(b.first);
-    else
-      multiply<false>(b.first);
-    b.first.a.at += b.a, b.first.b.at += b.b, b.first.c += b.c;
-    if (--b.count == 0) ++begin_;
-    if (--left_ == 0) begin_ = end_ = 0;
-  }
-};
 
 FA_END

@@ -31,6 +31,9 @@ extern const Kernels kernels_avx2;
 #if defined(FA_HAVE_AVX512)
 extern const Kernels kernels_avx512;
 #endif
+#if defined(FA_HAVE_AVX512_BF16)
+extern const Kernels kernels_avx512_bf16;
+#endif
 #if defined(FA_HAVE_AMX)
 extern const Kernels kernels_amx;
 #endif
@@ -63,16 +66,23 @@ using Lacking = std::vector<std::string>;
   return names;
 }
 
-// AMX by cpuid (leaf 7), since compilers differ in whether they know the names.
-[[maybe_unused]] static Lacking lacking_amx() {
+// What follows by cpuid (leaf 7), since compilers differ in whether they know the names.
+[[maybe_unused]] static Lacking lacking_avx512_bf16() {
   Lacking names = lacking_avx512();
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool leaf = __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  if (!leaf || !(c >> 11 & 1)) names.emplace_back("avx512_vnni");
+  const bool has_one = leaf && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  if (!has_one || !(a >> 5 & 1)) names.emplace_back("avx512_bf16");
+  return names;
+}
+[[maybe_unused]] static Lacking lacking_amx() {
+  Lacking names = lacking_avx512_bf16();
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool leaf = __get_cpuid_count(7, 0, &a, &b, &c, &d);
   if (!leaf || !(d >> 24 & 1)) names.emplace_back("amx_tile");
   if (!leaf || !(d >> 22 & 1)) names.emplace_back("amx_bf16");
   if (!leaf || !(d >> 25 & 1)) names.emplace_back("amx_int8");
-  const bool has_one = leaf && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  if (!has_one || !(a >> 5 & 1)) names.emplace_back("avx512_bf16");
   return names;
 }
 
@@ -104,6 +114,11 @@ std::vector<Variant> variants() {
   add("avx512", &kernels_avx512, lacks(lacking_avx512()), true);
 #else
   add("avx512", nullptr, kNotBuilt, true);
+#endif
+#if defined(FA_HAVE_AVX512_BF16)
+  add("avx512_bf16", &kernels_avx512_bf16, lacks(lacking_avx512_bf16()), true);
+#else
+  add("avx512_bf16", nullptr, kNotBuilt, true);
 #endif
 #if defined(FA_HAVE_AMX)
   const std::string lacking = lacks(lacking_amx());

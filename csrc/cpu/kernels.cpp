@@ -2,17 +2,18 @@
 //   -DFA_ISA=portable
 //   -DFA_ISA=avx2    -mavx2 -mfma -mf16c
 //   -DFA_ISA=avx512  -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
-//   -DFA_ISA=amx     the same and -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -DFA_AMX=1
-//   -DFA_ISA=amx_emulated  -DFA_AMX=2 -Wno-psabi: the kernels of amx with the tiles in plain C++ (amx.h), for tests
+//   -DFA_ISA=avx512_bf16  the same and -mavx512bf16 -mavx512vnni -DFA_PRODUCTS=3
+//   -DFA_ISA=amx     the same as avx512 and -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -DFA_PRODUCTS=1
+//   -DFA_ISA=amx_emulated  -DFA_PRODUCTS=2 -Wno-psabi: the kernels of amx with the tiles in plain C++ (amx.h), for tests
 // and dispatch.cpp with -DFA_HAVE_PORTABLE, -DFA_HAVE_AVX2 ... for those that were.
 //
 // Nothing here may include a C++ standard header: an inline function of one, compiled for AVX-512, could be the copy
 // that the linker keeps for the whole library.
 #include "kernels.h"
 
-#if defined(FA_AMX)
-  #include "amx_backward.h"
-  #include "amx_forward.h"
+#if defined(FA_PRODUCTS)
+  #include "panel_backward.h"
+  #include "panel_forward.h"
 #endif
 #include "backward.h"
 #include "bias_grad.h"
@@ -24,10 +25,10 @@ FA_BEGIN
 template <class T>
 static bool query_key_value_gradients(Plan<T>& f, double work) {
   if (!f.p.dq.data && !f.p.dk.data && !f.p.dv.data) return true;
-#if defined(FA_AMX)
+#if defined(FA_PRODUCTS)
   if constexpr (sizeof(T) == sizeof(float)) {
     const bool same = !f.p.dout.data || f.p.dout.dtype == f.p.q.dtype;
-    const Packed done = same && amx_wanted(f.p) ? amx_backward(f, work) : Packed::unfit;
+    const Packed done = same && panels_wanted(f.p) ? panel_backward(f, work) : Packed::unfit;
     if (done != Packed::unfit) return done == Packed::done;
   }
 #endif
@@ -66,11 +67,12 @@ static bool backward(const AttentionParams& params) {
 static bool run_forward(const AttentionParams& p) {
   if (p.weights.data) return p.q.dtype == DType::f64 ? weights<double>(p) : weights<float>(p);
   if (p.q.dtype == DType::f64) return forward<double>(p);
-#if defined(FA_AMX)
-  if (p.int8 || amx_wanted(p)) return amx_forward(p);
+  const bool few = few_rows_wanted(p);
+  if (few && p.lengths) return few_rows_of_cache(p);
+#if defined(FA_PRODUCTS)
+  if (p.int8 || panels_wanted(p)) return panel_forward(p);
 #endif
-  if (!few_rows_wanted(p)) return forward<float>(p);
-  return p.lengths ? few_rows_of_cache(p) : few_rows(p);
+  return few ? few_rows(p) : forward<float>(p);
 }
 static bool run_backward(const AttentionParams& p) {
   return p.q.dtype == DType::f64 ? backward<double>(p) : backward<float>(p);

@@ -18,7 +18,7 @@
 #endif
 
 #ifndef FA_ISA
-  #error "define FA_ISA as portable, avx2, avx512, amx or amx_emulated"
+  #error "define FA_ISA as portable, avx2, avx512, avx512_bf16, amx or amx_emulated"
 #endif
 
 #define FA_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
@@ -37,7 +37,7 @@ FA_BEGIN
 // MR rows of C are held in registers, each two vectors wide: 2 MR accumulators, two vectors of B and one
 // broadcast of A fill the 16 (AVX2), 32 (AVX-512, NEON) or 16 (SSE2: fewer, its multiply needs a copy) registers.
 // The emulation of the matrix unit has the vectors of the processors that have one, in as many pieces as it takes.
-#if defined(__AVX512F__) || FA_AMX == 2
+#if defined(__AVX512F__) || defined(FA_PRODUCTS)
 constexpr int kVectorBytes = 64, MR = 12;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, MR = 6;
@@ -275,7 +275,7 @@ FA_INLINE Vec<float> vexp2(Vec<float> x) {
   q = q * f + 0x1.62e4bap-1f;
   q = q * f + 1.0f;
 #if defined(__AVX512DQ__)
-  return (Vec<float>)_mm512_scalef_ps((__m512)q, (__m512)x);
+  return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)q, (__m512)x);  // as widen_16
 #else
   const IVec<float> exponent = bits<float>(n + (Exp<float>::magic + 127.0f)) << 23;
   return q * from_bits<float>(exponent & 0x7f800000);

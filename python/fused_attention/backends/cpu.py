@@ -13,6 +13,7 @@ from .params import _C, Call, Gradients, call_of, describe, import_error, put_in
 _import_error = import_error
 
 MAX_HEAD_DIM = 512
+INT8_ISAS = ("avx512_bf16", "amx", "amx_emulated")  # that have products of 8-bit integers
 
 
 def info() -> dict[str, Any]:
@@ -49,8 +50,8 @@ def _beyond_int8(spec: AttentionSpec) -> str | None:
 def supports(spec: AttentionSpec, device: Device) -> str | None:
     """None if these kernels run `spec` on `device`, otherwise the reason why not."""
     reason = unavailable(device) or unsupported(spec)
-    if reason is None and spec.precision and not info()["isa"].startswith("amx"):
-        return f"products in int8 by kernels for amx, not by those for {info()['isa']}"
+    if reason is None and spec.precision and info()["isa"] not in INT8_ISAS:
+        return f"products in int8 by kernels for {' and '.join(INT8_ISAS[:2])}, not by those for {info()['isa']}"
     return reason
 
 

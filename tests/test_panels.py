@@ -1,6 +1,7 @@
-"""The kernels for Intel AMX: the layer over its tiles, which variant is chosen, and the kernels on it.
+"""The kernels on packed panels: the products that they are made of, which variant is chosen, and the kernels.
 
-A processor without AMX runs them with the tiles in plain C++ (FUSED_ATTENTION_CPU_ISA=amx_emulated).
+The products are those of Intel AMX or the dot products of AVX-512. A processor without AMX runs the kernels with its
+tiles in plain C++ (FUSED_ATTENTION_CPU_ISA=amx_emulated).
 """
 
 from __future__ import annotations
@@ -27,18 +28,36 @@ def _python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-# --- the tile layer -----------------------------------------------------------------------------------------------
+# --- the products -------------------------------------------------------------------------------------------------
+
+
+def _compile(name: str, folder: Path) -> Path:
+    """The products by `name`: tiles or dots in plain C++, or the instructions of AVX-512 for dots."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    assert compiler, "these tests compile csrc/cpu/products.h: g++ is needed"
+    flags = ["-std=gnu++17", "-O2", "-fPIC", "-shared", "-Wno-psabi", "-DFA_ISA=checked"]
+    flags.append(f"-DFA_PRODUCTS={2 if name == 'tiles' else 3}")
+    if name == "avx512":
+        flags += [f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni")]
+    built = folder / f"{name}.so"
+    source = ROOT / "tests" / "products.cpp"
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(built)], check=True)
+    return built
+
+
+KINDS = ["tiles", "dots", *(["avx512"] if "avx512_bf16" in cpu.info()["isas"] else [])]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    assert compiler, "these tests compile csrc/cpu/amx.h: g++ is needed"
-    built = tmp_path_factory.mktemp("amx") / "tiles.so"
-    flags = ["-std=gnu++17", "-O2", "-fPIC", "-shared", "-Wno-psabi", "-DFA_ISA=checked", "-DFA_AMX=2"]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "amx_tiles.cpp"), "-o", str(built)]
-    subprocess.run(command, check=True)
-    return built
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("products")
+    return {name: _compile(name, folder) for name in KINDS}
+
+
+@pytest.fixture
+def library(libraries: dict[str, Path]) -> Path:
+    """The tiles of AMX in plain C++."""
+    return libraries["tiles"]
 
 
 def _bf16(x: np.ndarray) -> np.ndarray:
@@ -51,7 +70,7 @@ def _float(x: np.ndarray) -> np.ndarray:
 
 
 def _flush(x: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), x)
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def _dot(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -100,9 +119,28 @@ def test_infinities_and_nans_pass_through(library: Path) -> None:
     assert np.isposinf(c[0]).all() and np.isnan(c[1]).all() and not c[2:].any()
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e-18, 1e-19, 1e15])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_dot_products_of_pairs_to_the_last_bit(libraries: dict[str, Path], kind: str, magnitude: float) -> None:
+    """VDPBF16PS after its pseudocode: the odd product first, each added with one rounding, subnormal numbers zero."""
+    rng = np.random.default_rng(3)
+    dot = ctypes.CDLL(str(libraries[kind])).dot
+    for _ in range(100):
+        a, b = (_bf16(rng.standard_normal((16, 2)) * magnitude) for _ in range(2))
+        c = (rng.standard_normal(16) * magnitude**2).astype(np.float32)
+        a[3, 1], b[5, 0], c[7] = 0x0041, 0x8073, np.float32(1e-39)  # subnormal
+        found, expected = c.copy(), _flush(c)
+        dot(_pointer(found), _pointer(a), _pointer(b))
+        for odd in (1, 0):
+            product = _flush(_float(a[:, odd])).astype(np.float64) * _flush(_float(b[:, odd]))
+            expected = _flush((expected + product).astype(np.float32))
+        assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(("terms", "parts"), [(1, 1), (3, 2), (4, 2), (6, 3)])
-def test_products_of_blocks(library: Path, terms: int, parts: int, add: bool) -> None:
+def test_products_of_blocks(libraries: dict[str, Path], terms: int, parts: int, add: bool, kind: str) -> None:
     """2 x 2 tiles, several steps, and the pairs of parts that the number of terms stands for."""
     rng, steps, count = np.random.default_rng(terms), 3, 5
     a = _bf16(rng.standard_normal((parts, 32, 32 * steps)))
@@ -112,13 +150,34 @@ def test_products_of_blocks(library: Path, terms: int, parts: int, add: bool) ->
     tiles_b = b.reshape(parts, steps, 16, 2, 2, 16).transpose(0, 1, 4, 2, 5, 3).copy()
     c = rng.standard_normal((count, 32, 32)).astype(np.float32)
     found = c.copy()
-    ctypes.CDLL(str(library)).products(
-        _pointer(found), _pointer(tiles_a), _pointer(tiles_b), steps, terms, add, count, 2
+    ctypes.CDLL(str(libraries[kind])).products(
+        _pointer(found), _pointer(tiles_a), _pointer(tiles_b), steps, terms, add, count, 2, False
     )
     pairs = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2)][:terms]
-    product = sum(_float(a[i]).astype(np.float64) @ _float(b[j]).astype(np.float64) for i, j in pairs)
-    expected = product + (c if add else np.zeros_like(c))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    left, right = _float(a).astype(np.float64), _float(b).astype(np.float64)
+    start = c if add else np.zeros_like(c)
+    expected = sum(left[i] @ right[j] for i, j in pairs) + start
+    # As many roundings as the sum has terms, each by at most half a unit of what may have been summed up.
+    size = sum(np.abs(left[i]) @ np.abs(right[j]) for i, j in pairs) + np.abs(start)
+    assert (np.abs(found - expected) <= 2.0**-24 * (32 * steps * len(pairs) + 1) * size).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("add", [False, True])
+def test_products_of_codes(libraries: dict[str, Path], add: bool, kind: str) -> None:
+    """The same of 8-bit codes, as exact integers; those of A may be shifted."""
+    rng, steps, count = np.random.default_rng(5), 3, 5
+    library = ctypes.CDLL(str(libraries[kind]))
+    a, b = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((32, 64 * steps), (64 * steps, 32)))
+    tiles_a = a.reshape(2, 16, steps, 64).transpose(0, 2, 1, 3) ^ np.uint8(library.code_zero()).astype(np.int8)
+    shifted = a.astype(np.int32) + library.code_zero()
+    # quadruples of rows: [steps, 2 tiles, 16 quadruples, 16 columns, 4]
+    tiles_b = b.reshape(steps, 16, 4, 2, 16).transpose(0, 3, 1, 4, 2)
+    c = rng.integers(-1000, 1000, (count, 32, 32)).astype(np.int32)
+    found, tiles_a, tiles_b = c.copy(), tiles_a.copy(), tiles_b.copy()
+    library.products(_pointer(found), _pointer(tiles_a), _pointer(tiles_b), steps, 1, add, count, 2, True)
+    product = shifted @ b.astype(np.int32)
+    assert np.array_equal(found, product + (c if add else 0 * c))
 
 
 def test_tiles_without_a_configuration_fault(library: Path) -> None:
@@ -159,19 +218,29 @@ def test_an_unknown_variant_is_refused() -> None:
 # --- the kernels --------------------------------------------------------------------------------------------------
 
 
-def _suite(*arguments: str) -> None:
-    isa = "amx" if "amx" in cpu.info()["isas"] else "amx_emulated"
-    for name in {isa, "amx_emulated"}:
-        done = _python(name, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
-        assert done.returncode == 0, f"{name}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+VARIANTS = ["amx_emulated", *(name for name in ("avx512_bf16", "amx") if name in cpu.info()["isas"])]
+
+
+def _suite(variant: str, *arguments: str) -> None:
+    done = _python(variant, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
+    assert done.returncode == 0, f"{variant}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("part", ["bf16", "fp16", "not bf16 and not fp16 and not float32", "float32"])
-def test_kernels(part: str) -> None:
-    _suite("tests/amx_suite.py", "-k", part)
+def test_kernels(part: str, variant: str) -> None:
+    _suite(variant, "tests/panel_suite.py", "-k", part)
 
 
 @pytest.mark.slow
-def test_int8_kernels() -> None:
-    _suite("tests/amx_int8_suite.py")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_int8_kernels(variant: str) -> None:
+    _suite(variant, "tests/panel_int8_suite.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chunks_on_a_cache(variant: str) -> None:
+    """Few rows that are appended to a cache are not for panels, however many rows those would take."""
+    _suite(variant, "tests/test_grouped_cache.py", "-k", "bfloat16 and chunked")

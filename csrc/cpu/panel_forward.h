@@ -1,24 +1,24 @@
-// Forward pass on the matrix unit, for bfloat16, float16 and float32: forward.h's online softmax, transposed. For each
-// panel of 32 rows and each block of up to 128 keys:
+// Forward pass on packed panels (panels.h): forward.h's online softmax, transposed. For each panel of 32 rows and each
+// block of up to 128 keys:
 //
 //   S^T = K Q^T [keys, 32];   P^T = exp2(c S^T - t);   O^T = alpha O^T + V^T P^T [DV, 32]
 //
 // K (as rows) and V (as columns) are packed once, for all blocks of rows and all query heads that share them. A task
-// has some panels of rows of one (batch, head) and takes them in turns through the blocks of keys. While the vector
-// unit is at the softmax of one item, the tiles have the scores of the next one and the values of the last one.
+// has some panels of rows of one (batch, head) and takes them in turns through the blocks of keys. On AMX the tiles have
+// the scores of the next item and the values of the last one while the vector unit is at the softmax of this one.
 //
-// With int8 the scores are of codes (amx_int8.h), and K is packed there.
+// With int8 the scores are of codes (panel_int8.h), and K is packed there.
 //
 // What is not plain (softcap, ALiBi, mask, bias, dropout) is turned into rows and back: forward.h's code does it.
 #pragma once
-#include "amx_int8.h"
 #include "forward.h"
+#include "panel_int8.h"
 
 FA_BEGIN
 
 constexpr int kForwardPanels = 4;  // K and V are read once for so many
 
-struct AmxForward {
+struct PanelForward {
   PackPlan packed;  // 0: K as rows, 1: V as columns
   Int8Keys keys;    // with int8: K
   int panels;       // of a task
@@ -30,17 +30,18 @@ struct AmxForward {
 
 constexpr int64_t kRowStep = kKeyBlock + 16;  // of an item as rows
 
-struct AmxForwardScratch {
+struct PanelForwardScratch {
   uint16_t *strip, *q, *pairs;
-  float *s, *o, *m, *l, *alpha, *rows, *out, *keep, *scale, *common;
+  float *s, *o, *m, *l, *alpha, *rows, *out, *keep;
+  Int8Rows int8;
   RowBuffers<float> row;
-  AmxForwardScratch(const AmxForward& f, Arena& a) {
+  PanelForwardScratch(const PanelForward& f, Arena& a) {
     const int parts = f.packed.parts;
     strip = a.take<uint16_t>(parts * kPanel * f.d);
     q = a.take<uint16_t>(f.panels * parts * kPanel * f.d);  // pairs of columns
     pairs = a.take<uint16_t>(2 * parts * kItem);            // P^T, of two items
-    scale = a.take<float>(f.packed.p.int8 ? f.panels * kPanel : 0);
-    common = a.take<float>(f.packed.p.int8 ? f.panels * kPanel : 0);
+    const int64_t codes = f.packed.p.int8 ? f.panels * kPanel : 0;
+    int8 = {a.take<float>(codes), a.take<float>(codes), a.take<int32_t>(codes)};
     s = a.take<float>(2 * kItem);  // S^T, of two items
     o = a.take<float>(f.panels * f.dv * kPanel);
     m = a.take<float>(f.panels * kPanel);
@@ -54,9 +55,9 @@ struct AmxForwardScratch {
   }
 };
 
-class AmxForwardTask {
+class PanelForwardTask {
  public:
-  AmxForwardTask(const AmxForward& f, const Problem& x, int64_t row, char* scratch)
+  PanelForwardTask(const PanelForward& f, const Problem& x, int64_t row, char* scratch)
       : f_(f), p_(f.packed.p), x_(x), row_(row), arena_{reinterpret_cast<uintptr_t>(scratch)}, w_(f, arena_) {
     panels_ = static_cast<int>(min_of<int64_t>(f.panels, ceil_div(x.rows - row, kPanel)));
     for (int i = 0; i < panels_; ++i) load_queries(i);
@@ -79,7 +80,7 @@ class AmxForwardTask {
       if (more) push_scores(next, turn ^ 1);
       push_values();
       if (p_.int8)
-        scores_of_codes(now, scores(turn), w_.scale + now.panel * kPanel, w_.common + now.panel * kPanel,
+        scores_of_codes(now, scores(turn), int8_rows(now.panel),
                         f_.keys.scales(x_.b, x_.hk, now.key / kPanel + now.first));
       const bool any = f_.plain ? plain_softmax(now, turn) : general_softmax(now, turn);
       queue_.run_all();
@@ -92,18 +93,22 @@ class AmxForwardTask {
   }
 
  private:
-  const AmxForward& f_;
+  const PanelForward& f_;
   const AttentionParams& p_;
   const Problem& x_;
   int64_t row_, key_, end_;
   int panels_, panel_ = 0, sub_ = 0;
   bool fresh_[kForwardPanels];  // nothing was added to O of the panel yet
   Arena arena_;
-  AmxForwardScratch w_;
+  PanelForwardScratch w_;
   Queue queue_;
   Batch values_{};  // of the last item
 
   uint16_t* queries(int panel) const { return w_.q + panel * f_.packed.parts * kPanel * f_.d; }
+  Int8Rows int8_rows(int panel) const {
+    const int64_t at = panel * kPanel;
+    return {w_.int8.scale + at, w_.int8.common + at, w_.int8.excess + at};
+  }
   float* scores(int turn) const { return w_.s + turn * kItem; }
   uint16_t* pairs(int turn) const { return w_.pairs + turn * f_.packed.parts * kItem; }
 
@@ -111,8 +116,7 @@ class AmxForwardTask {
     const int64_t row = row_ + panel * kPanel;
     const int rows = static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row));
     if (p_.int8)
-      return quantise_queries(f_.keys, x_, row, rows, p_.scale < 0, w_.strip, queries(panel), w_.scale + panel * kPanel,
-                              w_.common + panel * kPanel);
+      return quantise_queries(f_.keys, x_, row, rows, p_.scale < 0, w_.strip, queries(panel), int8_rows(panel));
     load_strip(w_.strip, f_.d, row_address(p_.q, x_, x_.h, x_.row0 + row), p_.q.dtype, p_.q.stride[2], rows, p_.D,
                p_.scale < 0);
     for (int part = 0; part < f_.packed.parts; ++part)
@@ -231,29 +235,29 @@ class AmxForwardTask {
   }
 };
 
-[[maybe_unused]] static void amx_forward_task(const void* plan, int64_t task, char* scratch) {
-  const AmxForward& f = *static_cast<const AmxForward*>(plan);
+[[maybe_unused]] static void panel_forward_task(const void* plan, int64_t task, char* scratch) {
+  const PanelForward& f = *static_cast<const PanelForward*>(plan);
   const int64_t pair = task / f.blocks;
   const Problem x = make_problem(f.packed.p, pair / f.packed.p.H, pair % f.packed.p.H);
   // Causal rows see the more keys the further down they are: the last block is handed out first.
   const int64_t row = (f.blocks - 1 - task % f.blocks) * f.panels * kPanel;
   if (row >= x.rows) return;
   tiles_begin();
-  AmxForwardTask(f, x, row, scratch).run();
+  PanelForwardTask(f, x, row, scratch).run();
   tiles_end();
 }
 
 // As many panels a task as share K and V, unless that leaves fewer than 32 tasks, which keep any desktop busy. A row is
 // the same to the last bit in any of them.
-FA_INLINE void share_rows(AmxForward& f, int64_t heads, int64_t rows) {
+FA_INLINE void share_rows(PanelForward& f, int64_t heads, int64_t rows) {
   const int64_t panels = ceil_div(rows, kPanel);
   const int64_t blocks = min_of(panels, max_of(ceil_div(panels, kForwardPanels), ceil_div(32, heads)));
   f.panels = static_cast<int>(ceil_div(panels, blocks));
   f.blocks = ceil_div(panels, f.panels);
 }
 
-[[maybe_unused]] static bool amx_forward(const AttentionParams& p) {
-  AmxForward f{};
+[[maybe_unused]] static bool panel_forward(const AttentionParams& p) {
+  PanelForward f{};
   f.packed.p = p, f.packed.parts = parts_of(p.q.dtype);
   f.packed.add(p.k, true, p.D, false, p.int8 ? nullptr : as_rows, nullptr);
   f.packed.add(p.v, true, p.DV, false, as_columns, nullptr);
@@ -266,10 +270,10 @@ FA_INLINE void share_rows(AmxForward& f, int64_t heads, int64_t rows) {
   bool ok = packed != Packed::no_memory && (packed == Packed::unfit || !p.int8 || quantise_keys(f.keys, p));
   if (ok && packed == Packed::done) {
     Arena count{0};
-    AmxForwardScratch layout(f, count);
+    PanelForwardScratch layout(f, count);
     const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
-                        static_cast<double>(p.D + p.DV) * kExact[f.packed.parts - 1] / kAmxSpeed;
-    ok = run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, amx_forward_task, &f);
+                        static_cast<double>(p.D + p.DV) * kExact[f.packed.parts - 1] / kProductSpeed;
+    ok = run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, panel_forward_task, &f);
   }
   release(f.keys.memory);
   release(f.packed.memory);

@@ -1,14 +1,14 @@
 // Panels of 32 rows of q, k, v and dout in the layouts that products of tiles read.
 //
 // A panel is brought into a strip [parts, 32, width] of bf16 first, zeros beyond its rows and columns: one part for
-// bfloat16, two for float16, three for float32 (amx.h: Operand). From a strip X of one part come:
+// bfloat16, two for float16, three for float32 (product.h: Operand). From a strip X of one part come:
 //
 //   as_rows          A = X     [2][width / 32] tiles of 16 rows by 32 columns
 //   as_columns       A = X^T   [width / 16] tiles of 16 columns by all 32 rows
 //   pairs_of_columns B = X^T   [width / 2, 32]: pairs of columns, one row of X after the other
 //   pairs_of_rows    B = X     [width / 16] tiles of 16 pairs of rows by 16 columns
 #pragma once
-#include "amx.h"
+#include "products.h"
 #include "pack.h"
 #include "threads.h"
 

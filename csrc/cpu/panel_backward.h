@@ -1,5 +1,5 @@
-// dQ, dK and dV on the matrix unit, for bfloat16, float16 and float32: backward.h's sums, on tiles. For each panel of 32
-// rows and each block of up to 128 keys, all of them [keys, 32]:
+// dQ, dK and dV on packed panels (panels.h): backward.h's sums. For each panel of 32 rows and each block of up to 128
+// keys, all of them [keys, 32]:
 //
 //   S^T = K Q^T;   dP^T = V dO^T;   P^T = exp2(c S^T - log2(e) lse);   dS^T = P^T (dP^T - delta - rest)
 //   dV += P^T dO;   dK += dS^T Q (of up to 128 rows at once);   dQ^T += K^T dS^T
@@ -7,15 +7,15 @@
 // q, k, v and dout are packed once. A task has a chunk of the keys of one (batch, key head): dK and dV of a block of
 // keys stay in its scratch, dQ^T goes to the partial sum of the chunk, and the chunks are added in order.
 //
-// Items that are not plain (see amx_forward.h), or that have all keys of some row, are turned into rows and back:
+// Items that are not plain (see panel_forward.h), or that have all keys of some row, are turned into rows and back:
 // recompute.h's code does them.
 #pragma once
-#include "amx_softmax.h"
+#include "panel_softmax.h"
 #include "recompute.h"
 
 FA_BEGIN
 
-struct AmxBackward {
+struct PanelBackward {
   Plan<float> general;  // for items as rows
   PackPlan packed;      // 0: K as rows, as columns; 1: V as rows; 2, 3: Q and dO as pairs of columns, of rows
   int64_t d, dv;        // padded
@@ -25,11 +25,11 @@ struct AmxBackward {
   float scale, c;
 };
 
-struct AmxBackwardScratch {
+struct PanelBackwardScratch {
   Scratch<float> w;
   float *s, *dp, *dk, *dv, *lse, *delta, *rest;
   Forms forms[2];
-  AmxBackwardScratch(const AmxBackward& f, Arena& a) : w(f.general, a) {
+  PanelBackwardScratch(const PanelBackward& f, Arena& a) : w(f.general, a) {
     s = a.take<float>(2 * kItem);
     dp = a.take<float>(2 * kItem);
     dk = a.take<float>(kKeyBlock * f.d);
@@ -45,9 +45,9 @@ struct AmxBackwardScratch {
   }
 };
 
-class AmxBackwardTask {
+class PanelBackwardTask {
  public:
-  AmxBackwardTask(const AmxBackward& f, int64_t task, char* scratch)
+  PanelBackwardTask(const PanelBackward& f, int64_t task, char* scratch)
       : f_(f), p_(f.packed.p), arena_{reinterpret_cast<uintptr_t>(scratch)}, w_(f, arena_) {
     const int64_t pair = f.first_pair + task / f.chunks, group = p_.H / p_.HK;
     b_ = pair / p_.HK, hk_ = pair % p_.HK, chunk_ = task % f.chunks;
@@ -78,13 +78,13 @@ class AmxBackwardTask {
     int64_t group, block;  // head within the group, block of rows
   };
 
-  const AmxBackward& f_;
+  const PanelBackward& f_;
   const AttentionParams& p_;
   int64_t b_, hk_, chunk_, key_ = 0, group_ = 0, row_ = 0;
   int sub_ = 0;
   float* partial_;
   Arena arena_;
-  AmxBackwardScratch w_;
+  PanelBackwardScratch w_;
   Queue soon_, later_;      // by the next item; by the end of the next block of rows
   Batch query_gradient_{};  // of the last item
   int form_ = 0;
@@ -275,15 +275,15 @@ class AmxBackwardTask {
   }
 };
 
-[[maybe_unused]] static void amx_backward_task(const void* plan, int64_t task, char* scratch) {
+[[maybe_unused]] static void panel_backward_task(const void* plan, int64_t task, char* scratch) {
   tiles_begin();
-  AmxBackwardTask(*static_cast<const AmxBackward*>(plan), task, scratch).run();
+  PanelBackwardTask(*static_cast<const PanelBackward*>(plan), task, scratch).run();
   tiles_end();
 }
 
 // dq of one panel of rows: the partial sums in the order of their chunks.
-[[maybe_unused]] static void amx_sum_dq_task(const void* plan, int64_t task, char* scratch) {
-  const AmxBackward& f = *static_cast<const AmxBackward*>(plan);
+[[maybe_unused]] static void panel_sum_dq_task(const void* plan, int64_t task, char* scratch) {
+  const PanelBackward& f = *static_cast<const PanelBackward*>(plan);
   const AttentionParams& p = f.packed.p;
   const int64_t group = p.H / p.HK, panel = task % f.row_panels, g = task / f.row_panels % group;
   const int64_t wave_pair = task / f.row_panels / group, pair = f.first_pair + wave_pair;
@@ -302,7 +302,7 @@ class AmxBackwardTask {
 }
 
 // All (batch, key head) pairs, in waves whose partial sums fit in memory; the waves do not change any number.
-[[maybe_unused]] static bool run_backward_waves(AmxBackward& f, double work) {
+[[maybe_unused]] static bool run_backward_waves(PanelBackward& f, double work) {
   const AttentionParams& p = f.packed.p;
   const int64_t pairs = p.B * p.HK, group = p.H / p.HK;
   const int64_t per_pair = f.chunks * group * f.row_panels * f.d * kPanel * static_cast<int64_t>(sizeof(float));
@@ -311,22 +311,22 @@ class AmxBackwardTask {
   f.partial = p.dq.data ? static_cast<float*>(allocate(static_cast<size_t>(wave * per_pair))) : nullptr;
   if (p.dq.data && !f.partial) return false;
   Arena count{0};
-  AmxBackwardScratch layout(f, count);
+  PanelBackwardScratch layout(f, count);
   const size_t sum_bytes = 2 * sizeof(float) * static_cast<size_t>(f.d * kPanel);
   bool ok = true;
   for (f.first_pair = 0; ok && f.first_pair < pairs; f.first_pair += wave) {
     const int64_t here = min_of(wave, pairs - f.first_pair);
-    ok = run_tasks(here * f.chunks, p.threads, work, count.used, amx_backward_task, &f);
+    ok = run_tasks(here * f.chunks, p.threads, work, count.used, panel_backward_task, &f);
     if (ok && p.dq.data)
-      ok = run_tasks(here * group * f.row_panels, p.threads, work / kAmxSpeed, sum_bytes, amx_sum_dq_task, &f);
+      ok = run_tasks(here * group * f.row_panels, p.threads, work / kProductSpeed, sum_bytes, panel_sum_dq_task, &f);
   }
   release(f.partial);
   return ok;
 }
 
 // The gradients of q, k and v, given delta and rest in the plan; unfit: nothing was done.
-[[maybe_unused]] static Packed amx_backward(const Plan<float>& given, double work) {
-  AmxBackward f{};
+[[maybe_unused]] static Packed panel_backward(const Plan<float>& given, double work) {
+  PanelBackward f{};
   const AttentionParams& p = given.p;
   f.general = given;
   f.general.bm = kPanel, f.general.bn = kKeyBlock, f.general.lds = kKeyBlock + 16;
@@ -345,7 +345,7 @@ class AmxBackwardTask {
   f.chunks = backward_chunks<float>(batch, p.HK, p.H / p.HK, p.M, p.N, p.D, kKeyBlock);
   f.chunk_keys = round_up(ceil_div(max_of<int64_t>(p.N, 1), f.chunks), kKeyBlock);
   Packed result = pack_all(f.packed);
-  if (result == Packed::done && !run_backward_waves(f, work * kExact[f.packed.parts - 1] / kAmxSpeed))
+  if (result == Packed::done && !run_backward_waves(f, work * kExact[f.packed.parts - 1] / kProductSpeed))
     result = Packed::no_memory;
   release(f.packed.memory);
   return result;

@@ -6,7 +6,7 @@
 // t follows the largest score only where that would leave P larger than 2^8; then O and the sum shrink with it. The
 // exponent is one fused multiply-add, and t is exactly what lse adds.
 #pragma once
-#include "amx_pack.h"
+#include "panels.h"
 #include "scores.h"
 
 FA_BEGIN
@@ -17,7 +17,6 @@ constexpr int kLanes = kPanel / VL<float>;     // vectors of a panel of rows
 constexpr int64_t kItem = kKeyBlock * kPanel;  // scores
 constexpr float kSlack = 8.0f;                 // of the largest score over t, in powers of two
 constexpr double kLn2 = 0.69314718055994530942;
-constexpr double kAmxSpeed = 16;  // multiply-adds in the time that the vector unit has one
 static_assert(kKeyBlock <= kMaxKeys, "general scores go through the buffers of scores.h");
 
 // One panel of rows against one block of keys: what it sees of it are some of the panels first .. last - 1 of keys.
@@ -212,10 +211,11 @@ FA_INLINE void clear_hidden(const Item& it, const Tile& t, float* rows, int64_t 
 // The keys of an item, relative to its first.
 FA_INLINE Span keys_of(const Item& it) { return {it.first * kPanel, it.last * kPanel}; }
 
-// Whether the tiles are the better way: enough rows and keys to fill some of a tile, and no block that ends within a
+// Whether panels are the better way: enough rows and keys to fill some of a tile, and no block that ends within a
 // panel. float32, which takes six products, has to fill panels of rows and of keys.
-FA_INLINE bool amx_wanted(const AttentionParams& p) {
-  const bool wide = p.q.dtype == DType::f32, known = wide || p.q.dtype == DType::bf16 || p.q.dtype == DType::f16;
+FA_INLINE bool panels_wanted(const AttentionParams& p) {
+  const bool wide = p.q.dtype == DType::f32;
+  const bool known = p.q.dtype == DType::bf16 || (kParts && (wide || p.q.dtype == DType::f16));
   const int64_t more_than = wide ? kPanel - 1 : kLaneRows;
   return known && p.k.dtype == p.q.dtype && p.v.dtype == p.q.dtype && p.M > more_than && p.N > more_than &&
          p.B * p.H > 0 && max_of(p.D, p.DV) <= kMaxHeadDim &&

@@ -1,4 +1,4 @@
-// Scores of queries and keys that are rounded to 8 bits, for the forward pass on the matrix unit (opt-in):
+// Scores of queries and keys that are rounded to 8 bits, for the forward pass on packed panels (opt-in):
 //
 //   k' = k - mean(k) over the keys of its head;   q ~ a_i q8_i,  k' ~ b_j k8_j,  a = max|q_i| / 127,  b = max|k'_j| / 127
 //   q_i.k_j = a_i b_j (q8_i.k8_j) + q_i.mean(k)
@@ -6,9 +6,9 @@
 // What all keys have in common costs no bits that way (Zhang et al., "SageAttention", 2024); a row's own term is added in
 // float32, so that scores, and lse, are those of k. The mean is over the keys that key_lengths leaves.
 //
-// The codes lie as bf16 numbers would that are half as many: two columns in the place of one (amx_pack.h).
+// The codes lie as bf16 numbers would that are half as many: two columns in the place of one (panels.h).
 #pragma once
-#include "amx_softmax.h"
+#include "panel_softmax.h"
 
 FA_BEGIN
 
@@ -74,6 +74,7 @@ struct Int8Keys {
       if (columns) load_row(line, row_address(p.k, x, head, x.key0 + key), p.k.dtype, p.D);
       for (int64_t j = 0; j < columns; ++j) line[j] -= mean[j];
       f.scale[at * kPanel + i] = quantise_row(line, columns, f.width, strip + i * f.width);
+      for (int64_t j = 0; j < f.width; ++j) strip[i * f.width + j] ^= static_cast<int8_t>(kCodeZero);
     }
     as_rows(f.codes + at * f.panel_size(), reinterpret_cast<const uint16_t*>(strip), f.width / 2);
   }
@@ -93,9 +94,15 @@ struct Int8Keys {
          run_tasks(p.B * p.HK * f.chunks(), p.threads, work, static_cast<size_t>(kPanel * f.width), key_codes_task, &f);
 }
 
-// A panel of queries: codes as B = Q^T (quadruples of columns), and of each row the scale and q.mean.
+// What scores_of_codes knows of a row of queries: its scale, q.mean(k), and what its products hold too much.
+struct Int8Rows {
+  float *scale, *common;
+  int32_t* excess;
+};
+
+// A panel of queries: codes as B = Q^T (quadruples of columns), and what is known of its rows.
 [[maybe_unused]] static void quantise_queries(const Int8Keys& f, const Problem& x, int64_t row, int rows, bool negate,
-                                              uint16_t* strip, uint16_t* codes, float* scale, float* common) {
+                                              uint16_t* strip, uint16_t* codes, const Int8Rows& to) {
   const AttentionParams& p = f.p;
   const float* mean = f.mean_of(x.b, x.hk);
   float line[kMaxHeadDim];
@@ -109,19 +116,23 @@ struct Int8Keys {
     }
     if (finite != 0.0f)  // NaN or an infinity: a row of NaN
       for (int64_t j = 0; j < columns; ++j) line[j] = 0;
-    scale[i] = quantise_row(line, columns, f.width, reinterpret_cast<int8_t*>(strip) + i * f.width);
-    common[i] = sum + finite;
+    int8_t* own = reinterpret_cast<int8_t*>(strip) + i * f.width;
+    to.scale[i] = quantise_row(line, columns, f.width, own);
+    to.common[i] = sum + finite, to.excess[i] = 0;
+    for (int64_t j = 0; j < columns; ++j) to.excess[i] += kCodeZero * own[j];
   }
   pairs_of_columns(codes, strip, f.width / 2);
 }
 
 // S^T of an item, from integers to scores. b: the scales of its keys from the item's first on.
-FA_OUTLINE void scores_of_codes(const Item& it, float* s, const float* a, const float* common, const float* b) {
+FA_OUTLINE void scores_of_codes(const Item& it, float* s, const Int8Rows& a, const float* b) {
   for (int l = 0; l < kLanes; ++l) {
-    const Vec<float> row = load<float>(a + l * VL<float>), own = load<float>(common + l * VL<float>);
+    const Vec<float> row = load<float>(a.scale + l * VL<float>), own = load<float>(a.common + l * VL<float>);
+    IVec<float> excess;
+    __builtin_memcpy(&excess, a.excess + l * VL<float>, sizeof excess);
     for (int j = it.first * kPanel; j < it.last * kPanel; ++j) {
       float* at = s + j * kPanel + l * VL<float>;
-      const Vec<float> product = __builtin_convertvector(bits<float>(load<float>(at)), Vec<float>);
+      const Vec<float> product = __builtin_convertvector(bits<float>(load<float>(at)) - excess, Vec<float>);
       store<float>(at, product * (row * b[j - it.first * kPanel]) + own);
     }
   }

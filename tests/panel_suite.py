@@ -1,10 +1,12 @@
-"""The kernels for Intel AMX, forward and backward, by the tolerance rule.
+"""The kernels on packed panels, forward and backward, by the tolerance rule.
 
-test_amx.py runs this file in a process of its own, in which FUSED_ATTENTION_CPU_ISA names the variant: amx_emulated,
-the same kernels with the matrix unit in plain C++, or amx where the processor has one.
+test_panels.py runs this file in a process of its own, in which FUSED_ATTENTION_CPU_ISA names the variant: avx512_bf16
+and amx where the processor has what they need, and amx_emulated, the kernels of amx with its tiles in plain C++.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -63,7 +65,7 @@ def _poisoned_memory(poison: None) -> None:
 
 
 def test_the_variant_is_the_one_asked_for() -> None:
-    assert cpu.info()["isa"] in ("amx", "amx_emulated")
+    assert cpu.info()["isa"] == os.environ["FUSED_ATTENTION_CPU_ISA"] in ("avx512_bf16", "amx", "amx_emulated")
 
 
 @pytest.mark.parametrize("dtype", HALF)
