@@ -8,8 +8,8 @@
 //
 // A task has R = heads * M rows of one (batch, key head). Row r is row r % M of head r / M.
 #pragma once
+#include "few_dots.h"
 #include "forward.h"
-#include "stored.h"
 
 FA_BEGIN
 
@@ -21,13 +21,16 @@ struct FewRows {
   int64_t head_blocks;   // tasks that share a key head
   int64_t splits, keys;  // of the keys, and how many each has
   int64_t ldq, ldv, lds;
-  float* partial;  // [batch, key head, head block, split, R, ldv + 2]: O, then m and l; null with one split
+  bool key_dots, value_dots;  // by few_dots.h; q is bf16 then, [R, 2 ldq]
+  float q_factor, factor;     // of q, and of the scores: one is the scale
+  float* partial;             // [batch, key head, head block, split, R, ldv + 2]: O, then m and l; null with one split
   int64_t rows() const { return heads * p.M; }
   int64_t part() const { return rows() * (ldv + 2); }
 };
 
 struct FewRowsScratch {
   float *q, *k, *v, *s, *o, *m, *l, *alpha, *scales;
+  uint16_t* pairs;
   RowBuffers<float> row;
   FewRowsScratch(const FewRows& f, Arena& a) {
     q = a.take<float>(f.rows() * f.ldq);
@@ -39,103 +42,50 @@ struct FewRowsScratch {
     l = a.take<float>(f.rows());
     alpha = a.take<float>(f.rows());
     scales = a.take<float>(kFewKeys);
+    pairs = a.take<uint16_t>(f.value_dots ? f.rows() * f.lds : 0);
     row.mask = a.take<float>(kMaxKeys + 16);
     row.bias = a.take<float>(kMaxKeys + 16);
   }
 };
 
-// s [R, keys] = q k^T, ROWS rows and VL / ROWS keys at a time: each sum is one accumulator, all of them in registers.
-template <DType S, int ROWS>
-[[maybe_unused]] static void few_products(int rows, int keys, int64_t width, const float* q, int64_t ldq,
-                                          const StoredRows& k, const StoredRows& next, float* s, int64_t lds) {
-  constexpr int KEYS = VL<float> / ROWS;
-  constexpr int64_t size = stored_size(S);
-  for (int j = 0; j < keys; j += KEYS) {
-    const char* key[KEYS];  // the last keys are taken twice where they do not fill a vector
-    for (int b = 0; b < KEYS; ++b) key[b] = k.row[min_of(j + b, keys - 1)];
-    for (int b = j; b < min_of(j + KEYS, next.keys); ++b) fetch(next, b);
-    for (int r = 0; r < rows; r += ROWS) {
-      Vec<float> acc[VL<float>];
-#pragma GCC unroll 16
-      for (int i = 0; i < VL<float>; ++i) acc[i] = Vec<float>{};
-      const float* row = q + r * ldq;
-      for (int64_t d = 0; d < width; d += VL<float>) {
-        Vec<float> query[ROWS];
-#pragma GCC unroll 16
-        for (int a = 0; a < ROWS; ++a) query[a] = load<float>(row + a * ldq + d);
-#pragma GCC unroll 16
-        for (int b = 0; b < KEYS; ++b) {
-          const Vec<float> kd = load_as<S>(key[b] + d * size);
-#pragma GCC unroll 16
-          for (int a = 0; a < ROWS; ++a) acc[a * KEYS + b] += query[a] * kd;
-        }
-      }
-      const Vec<float> sums = sum_each<float>(acc);
-      float lane[VL<float>];
-      store<float>(lane, sums);
-#pragma GCC unroll 16
-      for (int a = 0; a < ROWS; ++a)
-        __builtin_memcpy(s + (r + a) * lds + j, lane + a * KEYS, sizeof(float) * static_cast<size_t>(KEYS));
-    }
+// Calls run(Numbers<type>).
+template <class Run>
+FA_INLINE void with_numbers(DType type, Run run) {
+  switch (type) {
+    case DType::bf16:
+      return run(Numbers<DType::bf16>{});
+    case DType::i8:
+      return run(Numbers<DType::i8>{});
+    case DType::e4m3:
+      return run(Numbers<DType::e4m3>{});
+#if defined(__F16C__)
+    case DType::f16:
+      return run(Numbers<DType::f16>{});
+#endif
+    default:
+      return run(Numbers<DType::f32>{});
   }
 }
 
-// o [R, width] = alpha o + s v, ROWS rows and VECTORS vectors of o at a time in registers, over all keys of the tile.
-// from: the first column.
-template <DType S, int ROWS, int VECTORS>
-FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, const StoredRows& v,
-                        const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
-  const int fetched = from ? 0 : next.keys;
-  constexpr int64_t size = stored_size(S);
-  Vec<float> acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int a = 0; a < ROWS; ++a)
-#pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) acc[a][c] = Vec<float>{};
-  for (int j = 0; j < keys; ++j) {
-    const char* row = v.row[j] + from * size;
-    if (j < fetched) fetch(next, j);
-    Vec<float> value[VECTORS];
-#pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) value[c] = load_as<S>(row + c * VL<float> * size);
-#pragma GCC unroll 8
-    for (int a = 0; a < ROWS; ++a) {
-      const Vec<float> weight = splat<float>(s[a * lds + j]);
-#pragma GCC unroll 8
-      for (int c = 0; c < VECTORS; ++c) acc[a][c] += weight * value[c];
-    }
-  }
-#pragma GCC unroll 8
-  for (int a = 0; a < ROWS; ++a)
-#pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) {
-      float* sum = o + a * ldo + from + c * VL<float>;
-      store<float>(sum, alpha[a] * load<float>(sum) + acc[a][c]);  // last: a shorter chain of roundings
-    }
-}
-template <DType S, int VECTORS>
-FA_INLINE int64_t add_columns(int rows, int keys, int64_t from, int64_t width, const float* s, int64_t lds,
-                              const StoredRows& v, const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
-  for (; from + VECTORS * VL<float> <= width; from += VECTORS * VL<float>) {
-    int r = 0;
-    if constexpr (VECTORS <= 2)
-      for (; r + 4 <= rows; r += 4)
-        few_sums<S, 4, VECTORS>(keys, from, s + r * lds, lds, v, next, alpha + r, o + r * ldo, ldo);
-    for (; r < rows; ++r) few_sums<S, 1, VECTORS>(keys, from, s + r * lds, lds, v, next, alpha + r, o + r * ldo, ldo);
-  }
-  return from;
-}
-
-// Both products of a tile, for one storage type.
-template <DType S>
-[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& k,
-                                        const StoredRows& next) {
+template <class Terms>
+[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, int64_t width,
+                                        const StoredRows& k, const StoredRows& next, float factor) {
   constexpr int most = VL<float> < 4 ? VL<float> : 4;
   const int rows = static_cast<int>(f.rows()), whole = rows / most * most;
-  if (whole) few_products<S, most>(whole, keys, f.ldq, w.q, f.ldq, k, next, w.s, f.lds);
+  if (whole) few_products<Terms, most>(whole, keys, width, w.q, f.ldq, factor, k, next, w.s, f.lds);
   if (whole < rows)
-    few_products<S, 1>(rows - whole, keys, f.ldq, w.q + whole * f.ldq, f.ldq, k, next, w.s + whole * f.lds, f.lds);
+    few_products<Terms, 1>(rows - whole, keys, width, w.q + whole * f.ldq, f.ldq, factor, k, next, w.s + whole * f.lds,
+                           f.lds);
 }
+// S = scale q K^T.
+[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& k,
+                                        const StoredRows& next) {
+#if defined(__AVX512BF16__)
+  if (f.key_dots) return score_keys<PairsOfColumns>(f, w, keys, f.ldq / 2, k, next, f.factor);
+#endif
+  with_numbers(k.type, [&](auto numbers) { score_keys<decltype(numbers)>(f, w, keys, f.ldq, k, next, f.factor); });
+}
+
 template <DType S>
 [[maybe_unused]] static void add_values(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& v,
                                         const StoredRows& next) {
@@ -144,25 +94,15 @@ template <DType S>
   if (rows < 4) done = add_columns<S, 8>(rows, keys, 0, f.ldv, w.s, f.lds, v, next, w.alpha, w.o, f.ldv);
   add_columns<S, 2>(rows, keys, done, f.ldv, w.s, f.lds, v, next, w.alpha, w.o, f.ldv);
 }
-struct Products {
-  void (*score_keys)(const FewRows&, const FewRowsScratch&, int keys, const StoredRows& k, const StoredRows& next);
-  void (*add_values)(const FewRows&, const FewRowsScratch&, int keys, const StoredRows& v, const StoredRows& next);
-};
-FA_INLINE Products products_of(DType type) {
-  switch (type) {
-    case DType::bf16:
-      return {score_keys<DType::bf16>, add_values<DType::bf16>};
-    case DType::i8:
-      return {score_keys<DType::i8>, add_values<DType::i8>};
-    case DType::e4m3:
-      return {score_keys<DType::e4m3>, add_values<DType::e4m3>};
-#if defined(__F16C__)
-    case DType::f16:
-      return {score_keys<DType::f16>, add_values<DType::f16>};
+// O = alpha O + P V.
+[[maybe_unused]] static void add_values(const FewRows& f, const FewRowsScratch& w, int keys, StoredRows& v,
+                                        const StoredRows& next, [[maybe_unused]] bool dots) {
+#if defined(__AVX512BF16__)
+  if (dots)
+    return add_values_by_dots(static_cast<int>(f.rows()), keys, f.ldv, w.s, f.lds, w.pairs, v, next, w.alpha, w.o,
+                              f.ldv);
 #endif
-    default:
-      return {score_keys<DType::f32>, add_values<DType::f32>};
-  }
+  with_numbers(v.type, [&](auto numbers) { add_values<decltype(numbers)::type>(f, w, keys, v, next); });
 }
 
 // The scores of a tile, times the scales of its keys.
@@ -202,7 +142,7 @@ FA_INLINE Products products_of(DType type) {
   find_rows(p.v, any, t.key, t.keys, p.DV, v);
   find_rows(p.k, any, t.key + t.keys, static_cast<int>(min_of<int64_t>(kFewKeys, end - t.key - t.keys)), p.D, next);
   tile_rows(p.k, any, t.key, t.keys, p.D, f.ldq, w.k, false, k);
-  products_of(k.type).score_keys(f, w, t.keys, k, v);
+  score_keys(f, w, t.keys, k, v);
   if (find_scales(p.k_scale, any, t.key, t.keys, w.scales)) scale_scores(f, w, t.keys);
   const int width = static_cast<int>(round_up(t.keys, VL<float>));
   for (int g = 0; g < f.heads; ++g) {
@@ -216,14 +156,15 @@ FA_INLINE Products products_of(DType type) {
     }
   }
   const bool hides = may_hide(any, t);  // then a V that is not finite must not meet a weight of 0
-  const bool copies = hides && p.v.dtype != DType::i8;
+  const bool dots = f.value_dots && (!hides || all_finite(v, t.keys, p.DV));
+  const bool copies = hides && p.v.dtype != DType::i8 && !dots;
   if (find_scales(p.v_scale, any, t.key, t.keys, w.scales)) scale_weights(f, w, t.keys, hides);
   tile_rows(p.v, any, t.key, t.keys, p.DV, f.ldv, w.v, copies, v);
   if (copies && !all_finite(w.v, f.ldv, t.keys, f.ldv))
     gemm_skip_zeros<float, false, Into::scale_add>(rows, static_cast<int>(f.ldv), t.keys, w.s, f.lds, w.v, f.ldv, w.o,
                                                    f.ldv, w.alpha, nullptr);
   else
-    products_of(v.type).add_values(f, w, t.keys, v, next);
+    add_values(f, w, t.keys, v, next, dots);
 }
 
 // What a task is: (batch, key head), block of its query heads, split.
@@ -237,6 +178,21 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   return {pair / f.p.HK, hk, hk * (f.p.H / f.p.HK) + block * f.heads, split};
 }
 
+// The rows of one head; as they are for dot products.
+[[maybe_unused]] static void few_queries(const FewRows& f, const Problem& x, float* to) {
+  const AttentionParams& p = f.p;
+  const char* from = row_address(p.q, x, x.h, 0);
+  const int m = static_cast<int>(p.M);
+  if (f.key_dots) {
+    for (int i = 0; i < m; ++i)
+      __builtin_memcpy(to + i * f.ldq, from + i * p.q.stride[2] * size_of(p.q.dtype),
+                       sizeof(uint16_t) * static_cast<size_t>(p.D));
+    return;
+  }
+  pack_rows(to, f.ldq, from, p.q.dtype, p.q.stride[2], m, p.D);
+  for (int64_t i = 0; i < m * f.ldq; ++i) to[i] *= f.q_factor;
+}
+
 [[maybe_unused]] static void few_rows_task(const void* plan, int64_t task, char* scratch) {
   const FewRows& f = *static_cast<const FewRows*>(plan);
   const AttentionParams& p = f.p;
@@ -247,9 +203,8 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   Problem heads[kFewRows];
   for (int g = 0; g < f.heads; ++g) {
     heads[g] = make_problem(p, at.b, at.head + g);
-    pack_rows(w.q + g * m * f.ldq, f.ldq, row_address(p.q, heads[g], at.head + g, 0), p.q.dtype, p.q.stride[2], m, p.D);
+    few_queries(f, heads[g], w.q + g * m * f.ldq);
   }
-  for (int64_t i = 0; i < f.rows() * f.ldq; ++i) w.q[i] *= static_cast<float>(p.scale);
   for (int64_t i = 0; i < f.rows(); ++i) w.m[i] = -kInf<float>, w.l[i] = w.alpha[i] = 0;
   __builtin_memset(w.o, 0, sizeof(float) * static_cast<size_t>(f.rows() * f.ldv));
   const Range seen = visible(heads[0], 0, m);
@@ -312,6 +267,12 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   while (group % heads) --heads;
   f.heads = static_cast<int>(heads), f.head_blocks = group / heads;
   f.ldq = round_up(p.D, VL<float>), f.ldv = round_up(p.DV, NR<float>), f.lds = kFewKeys + VL<float>;
+  f.key_dots = dots_fit(p.q.dtype, p.k.dtype, p.D), f.value_dots = dots_fit(p.q.dtype, p.v.dtype, p.DV);
+  // Scores are rounded once less with the scale on them. In q it is where a backward pass may compute them again, which
+  // has it there.
+  const bool in_q = !f.key_dots && !p.lengths;
+  const float scale = static_cast<float>(p.scale);
+  f.q_factor = in_q ? scale : 1.0f, f.factor = in_q ? 1.0f : scale;
   // Splits by shape alone: 32 tasks keep any desktop busy, and 512 keys outweigh the merging.
   const int64_t pairs = (p.batch_invariant ? 1 : p.B) * p.HK * f.head_blocks;
   f.splits = max_of<int64_t>(min_of(ceil_div(32, pairs), p.N / 512), 1);

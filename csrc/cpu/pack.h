@@ -41,13 +41,11 @@ template <class T>
               static_cast<T>(x.p->scale));
 }
 
-// VL x VL elements: dst[c][r] = src[r][c], by log2(VL) rounds of perfect shuffles.
+// VL vectors of VL elements, by log2(VL) rounds of perfect shuffles: what was element c of a[r] is element r of a[c].
 template <class T>
-FA_INLINE void transpose_square(const T* src, int64_t lds, T* dst, int64_t ldd) {
+FA_INLINE void transpose_vectors(Vec<T>* a) {
   constexpr int W = VL<T>;
-  Vec<T> a[W], b[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) a[i] = load<T>(src + i * lds);
+  Vec<T> b[W];
 #pragma GCC unroll 4
   for (int round = 1; round < W; round *= 2) {
 #pragma GCC unroll 16
@@ -58,6 +56,15 @@ FA_INLINE void transpose_square(const T* src, int64_t lds, T* dst, int64_t ldd) 
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) a[i] = b[i];
   }
+}
+// dst[c][r] = src[r][c].
+template <class T>
+FA_INLINE void transpose_square(const T* src, int64_t lds, T* dst, int64_t ldd) {
+  constexpr int W = VL<T>;
+  Vec<T> a[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) a[i] = load<T>(src + i * lds);
+  transpose_vectors<T>(a);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store<T>(dst + i * ldd, a[i]);
 }

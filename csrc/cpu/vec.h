@@ -182,6 +182,13 @@ FA_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
   else
     return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
+// One round: of 2 N vectors the first N hold the sums of two halves of each.
+template <class T, int N>
+FA_INLINE void sum_halves(Vec<T>* a) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) a[i] = interleave_low<T>(a[i], a[i + N]) + interleave_high<T>(a[i], a[i + N]);
+  if constexpr (N > 1) sum_halves<T, N / 2>(a);
+}
 // Lane i: the sum of the lanes of a[i], for VL vectors, which are overwritten. The lanes of a vector are added by halves:
 // i and i + VL / 2, of these sums i and i + VL / 4, and so on.
 template <class T>
@@ -198,10 +205,7 @@ FA_INLINE Vec<T> sum_each(Vec<T>* a) {
     return __builtin_shufflevector(a[0], a[2], 0, 2, 8, 10, 4, 6, 12, 14) +
            __builtin_shufflevector(a[0], a[2], 1, 3, 9, 11, 5, 7, 13, 15);
   } else {
-#pragma GCC unroll 4
-    for (int n = VL<T> / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) a[i] = interleave_low<T>(a[i], a[i + n]) + interleave_high<T>(a[i], a[i + n]);
+    sum_halves<T, VL<T> / 2>(a);
     return a[0];
   }
 }
