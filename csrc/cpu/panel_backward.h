@@ -7,10 +7,10 @@
 // q, k, v and dout are packed once. A task has a chunk of the keys of one (batch, key head): dK and dV of a block of
 // keys stay in its scratch, dQ^T goes to the partial sum of the chunk, and the chunks are added in order.
 //
-// Items that are not plain (see panel_forward.h), or that have all keys of some row, are turned into rows and back:
-// recompute.h's code does them.
+// Items of problems with softcap, dropout, a tree mask or a gradient of the weights, and those that have all keys of some
+// row, are turned into rows and back: recompute.h's code does them.
 #pragma once
-#include "panel_softmax.h"
+#include "panel_scores.h"
 #include "recompute.h"
 
 FA_BEGIN
@@ -21,13 +21,14 @@ struct PanelBackward {
   int64_t d, dv;        // padded
   int64_t chunks, chunk_keys, first_pair, row_panels;
   float* partial;  // [pair, chunks, group, row_panels, d, 32]
-  bool plain;
+  bool by_rows;
+  Scores of;  // what an item has, if it is not turned into rows
   float scale, c;
 };
 
 struct PanelBackwardScratch {
   Scratch<float> w;
-  float *s, *dp, *dk, *dv, *lse, *delta, *rest;
+  float *s, *dp, *dk, *dv, *lse, *delta, *rest, *lines;
   Forms forms[2];
   PanelBackwardScratch(const PanelBackward& f, Arena& a) : w(f.general, a) {
     s = a.take<float>(2 * kItem);
@@ -37,6 +38,7 @@ struct PanelBackwardScratch {
     lse = a.take<float>(kPanel);
     delta = a.take<float>(kPanel);
     rest = a.take<float>(kPanel);
+    lines = a.take<float>(f.of == Scores::scores ? kPanel * kLine : 0);
     for (Forms& form : forms) {
       form.p = a.take<uint16_t>(f.packed.parts * kForm);
       form.ds = a.take<uint16_t>(f.packed.parts * kForm);
@@ -118,9 +120,10 @@ class PanelBackwardTask {
       now = next;
       more = next_work(next);
       if (more) push_products(next, turn ^ 1);
+      if (more) fetch_for_panel(p_.mask, next.x, next.it), fetch_for_panel(p_.bias, next.x, next.it);
       soon_.push(query_gradient_);
       query_gradient_.count = 0;
-      const bool any = is_plain(now) ? plain_gradient(now, turn) : general_gradient(now, turn);
+      const bool any = by_rows(now) ? general_gradient(now, turn) : gradient(now, turn);
       for (int sub = now.it.first; any && sub < now.it.last; ++sub) seen_[now.it.panel] |= 1u << sub;
       soon_.run_all();
       if (partial_ && any) query_gradient_ = query_gradient_of(now);
@@ -203,13 +206,13 @@ class PanelBackwardTask {
     later_.push({x, static_cast<int>(width / 32), 0, 2 * kTile, 32});
   }
 
-  bool is_plain(const Work& work) const {
-    if (!f_.plain) return false;
+  bool by_rows(const Work& work) const {
+    if (f_.by_rows) return true;
     for (int i = 0; i < work.it.rows; ++i) {
       const Range r = visible(work.x, work.it.row + i);
-      if (r.hi > r.lo && row_is_whole(work.x, work.it.row + i, work.it.key, kKeyBlock)) return false;
+      if (r.hi > r.lo && row_is_whole(work.x, work.it.row + i, work.it.key, kKeyBlock)) return true;
     }
-    return true;
+    return false;
   }
 
   Forms panel_forms(int panel, int sub) const {
@@ -226,23 +229,28 @@ class PanelBackwardTask {
       const int64_t row = work.it.row + i;
       const float lse = *element<float>(p_.lse, x.batch, x.h, x.row0 + row);
       if (lse == -kInf<float>) continue;
-      w_.lse[i] = static_cast<float>(static_cast<double>(lse) / kLn2);
+      w_.lse[i] = f_.of == Scores::scores ? lse : static_cast<float>(static_cast<double>(lse) / kLn2);
       w_.delta[i] = *element<float>(p_.delta, x.batch, x.h, x.row0 + row);
       if (f_.general.rest) w_.rest[i] = f_.general.rest[rest_index(x, row)];
     }
   }
 
-  bool plain_gradient(const Work& work, int turn) {
+  bool gradient(const Work& work, int turn) {
     const Item& it = work.it;
     float *s = w_.s + turn * kItem, *dp = w_.dp + turn * kItem;
     const float* rest = f_.general.rest ? w_.rest : nullptr;
+    if (f_.of == Scores::scores) finish_panel(work.x, it, f_.scale, w_.lines, s);
     if (!it.whole) hide_scores(work.x, it, s);
     load_row_statistics(work);
     for (int sub = it.first; sub < it.last; ++sub) {
       const int64_t at = sub * kPanel * kPanel;
       const Forms to = panel_forms(it.panel, sub);
-      with_parts(f_.packed.parts,
-                 [&](auto n) { gradients_of<n.value, false>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to); });
+      with_parts(f_.packed.parts, [&](auto n) {
+        if (f_.of == Scores::scores)
+          gradients_of<n.value, Scores::scores>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
+        else
+          gradients_of<n.value, Scores::products>(s + at, dp + at, f_.c, w_.lse, w_.delta, rest, to);
+      });
       soon_.run_share(it.last - sub);
       later_.run_share((kBlockPanels - it.panel) * kSubs - sub);
     }
@@ -268,8 +276,9 @@ class PanelBackwardTask {
     for (int sub = it.first; sub < it.last; ++sub) {
       const int64_t at = sub * kPanel * kPanel;
       const Forms to = panel_forms(it.panel, sub);
-      with_parts(f_.packed.parts,
-                 [&](auto n) { gradients_of<n.value, true>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to); });
+      with_parts(f_.packed.parts, [&](auto n) {
+        gradients_of<n.value, Scores::ready>(s + at, dp + at, f_.c, w_.lse, w_.delta, nullptr, to);
+      });
     }
     return true;
   }
@@ -337,9 +346,10 @@ class PanelBackwardTask {
   f.packed.add(p.q, false, p.D, negate, pairs_of_columns, p.dk.data ? pairs_of_rows : nullptr);
   f.packed.add(p.dout, false, p.DV, false, pairs_of_columns, p.dv.data ? pairs_of_rows : nullptr);
   f.d = panel_width(p.D), f.dv = panel_width(p.DV);
-  f.plain = plain_scores(p) && !has_dropout(p) && !p.dweights.data && p.scale != 0.0;
+  f.by_rows = p.tree.data || has_dropout(p) || p.dweights.data || p.softcap != 0.0;
+  f.of = scores_of(p);
   f.scale = static_cast<float>(__builtin_fabs(p.scale));
-  f.c = static_cast<float>(__builtin_fabs(p.scale) / kLn2);
+  f.c = exponent_factor(p);
   f.row_panels = ceil_div(p.M, kPanel);
   const int64_t batch = p.batch_invariant ? 1 : p.B;
   f.chunks = backward_chunks<float>(batch, p.HK, p.H / p.HK, p.M, p.N, p.D, kKeyBlock);

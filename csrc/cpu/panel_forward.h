@@ -9,10 +9,12 @@
 //
 // With int8 the scores are of codes (panel_int8.h), and K is packed there.
 //
-// What is not plain (softcap, ALiBi, mask, bias, dropout) is turned into rows and back: forward.h's code does it.
+// Softcap, ALiBi, mask and bias come between product and softmax (panel_scores.h). Dropout and tree masks turn an item into
+// rows and back: forward.h's code does it.
 #pragma once
 #include "forward.h"
 #include "panel_int8.h"
+#include "panel_scores.h"
 
 FA_BEGIN
 
@@ -24,11 +26,10 @@ struct PanelForward {
   int panels;       // of a task
   int64_t blocks;   // tasks of a (batch, head)
   int64_t d, dv;    // padded
-  bool plain;
+  bool by_rows;     // an item is turned into rows
+  Scores of;        // what the softmax gets, if not
   float scale, c;
 };
-
-constexpr int64_t kRowStep = kKeyBlock + 16;  // of an item as rows
 
 struct PanelForwardScratch {
   uint16_t *strip, *q, *pairs;
@@ -47,7 +48,7 @@ struct PanelForwardScratch {
     m = a.take<float>(f.panels * kPanel);
     l = a.take<float>(f.panels * kPanel);
     alpha = a.take<float>(kPanel);
-    rows = a.take<float>(f.plain ? 0 : kPanel * kRowStep);
+    rows = a.take<float>(f.by_rows || f.of == Scores::scores ? kPanel * kLine : 0);
     out = a.take<float>(kPanel * f.dv);
     keep = a.take<float>(kMaxKeys + 16);
     row.mask = a.take<float>(kMaxKeys + 16);
@@ -79,10 +80,11 @@ class PanelForwardTask {
       // The next scores first: they are wanted as soon as this softmax is done, the last values later.
       if (more) push_scores(next, turn ^ 1);
       push_values();
+      if (more) fetch_for_panel(p_.mask, x_, next), fetch_for_panel(p_.bias, x_, next);
       if (p_.int8)
         scores_of_codes(now, scores(turn), int8_rows(now.panel),
                         f_.keys.scales(x_.b, x_.hk, now.key / kPanel + now.first));
-      const bool any = f_.plain ? plain_softmax(now, turn) : general_softmax(now, turn);
+      const bool any = f_.by_rows ? general_softmax(now, turn) : softmax(now, turn);
       queue_.run_all();
       if (any) values_ = values_of(now, turn);
       turn ^= 1;
@@ -173,16 +175,19 @@ class PanelForwardTask {
       for (int l = 0; l < kPanel; l += VL<float>) store<float>(o + l, load<float>(o + l) * load<float>(w_.alpha + l));
   }
 
-  bool plain_softmax(const Item& it, int turn) {
+  bool softmax(const Item& it, int turn) {
     float *s = scores(turn), *m = w_.m + it.panel * kPanel, *sums = w_.l + it.panel * kPanel;
+    const bool natural = f_.of == Scores::scores;
+    const float unit = natural ? 1.0f : f_.c, slack = natural ? kSlack * static_cast<float>(kLn2) : kSlack;
+    if (natural) finish_panel(x_, it, f_.scale, w_.rows, s);
     if (!it.whole) hide_scores(x_, it, s);
     Vec<float> top[kLanes], shift[kLanes], sum[kLanes];
     largest(it, s, top);
     int32_t moved = 0;
     for (int l = 0; l < kLanes; ++l) {
-      const Vec<float> old = load<float>(m + l * VL<float>), wanted = top[l] * f_.c;
-      const IVec<float> grows = wanted > old + kSlack;
-      const Vec<float> next = grows ? wanted : old, shrunk = vexp2(old - next);
+      const Vec<float> old = load<float>(m + l * VL<float>), wanted = top[l] * unit;
+      const IVec<float> grows = wanted > old + slack;
+      const Vec<float> next = grows ? wanted : old, shrunk = vexp2(natural ? (old - next) * f_.c : old - next);
       store<float>(w_.alpha + l * VL<float>, grows ? shrunk : splat<float>(1.0f));
       store<float>(m + l * VL<float>, next);
       shift[l] = next == -kInf<float> ? Vec<float>{} : next;
@@ -195,8 +200,13 @@ class PanelForwardTask {
     }
     for (int sub = it.first; sub < it.last; ++sub) {
       const int64_t at = sub * kPanel * kPanel;
-      with_parts(f_.packed.parts,
-                 [&](auto n) { weights_of<n.value>(s + at, f_.c, shift, sum, pairs(turn) + at, kItem); });
+      uint16_t* to = pairs(turn) + at;
+      with_parts(f_.packed.parts, [&](auto n) {
+        if (natural)
+          weights_of<n.value, Scores::scores>(s + at, f_.c, shift, sum, to, kItem);
+        else
+          weights_of<n.value, Scores::products>(s + at, f_.c, shift, sum, to, kItem);
+      });
       queue_.run_share(it.last - sub);
     }
     for (int l = 0; l < kLanes; ++l) store<float>(sums + l * VL<float>, load<float>(sums + l * VL<float>) + sum[l]);
@@ -209,13 +219,13 @@ class PanelForwardTask {
     const int keys = static_cast<int>(min_of<int64_t>(kKeyBlock, x_.seen - it.key));
     if (!make_tile(x_, it.row, it.rows, it.key, keys, t, keys_of(it))) return false;
     float* s = scores(turn);
-    to_rows(it, s, f_.scale, w_.rows, kRowStep);
-    finish_scores<float>(x_, t, w_.rows, kRowStep, nullptr, w_.row);
+    to_rows(it, s, f_.scale, w_.rows, kLine);
+    finish_scores<float>(x_, t, w_.rows, kLine, nullptr, w_.row);
     for (int i = 0; i < kPanel; ++i) w_.alpha[i] = 1;
-    online_softmax<float>(t, w_.rows, kRowStep, w_.m + it.panel * kPanel, w_.l + it.panel * kPanel, w_.alpha);
-    if (has_dropout(p_)) drop_tile<float>(x_, t, w_.rows, kRowStep, w_.keep);
-    clear_hidden(it, t, w_.rows, kRowStep);
-    from_rows(it, w_.rows, kRowStep, s);
+    online_softmax<float>(t, w_.rows, kLine, w_.m + it.panel * kPanel, w_.l + it.panel * kPanel, w_.alpha);
+    if (has_dropout(p_)) drop_tile<float>(x_, t, w_.rows, kLine, w_.keep);
+    clear_hidden(it, t, w_.rows, kLine);
+    from_rows(it, w_.rows, kLine, s);
     const int64_t at = it.first * kPanel * kPanel;
     const int count = (it.last - it.first) * kPanel;
     with_parts(f_.packed.parts, [&](auto n) { pairs_of_keys<n.value>(s + at, count, pairs(turn) + at, kItem); });
@@ -231,7 +241,7 @@ class PanelForwardTask {
     if (fresh_[panel]) __builtin_memset(o, 0, sizeof(float) * static_cast<size_t>(f_.dv * kPanel));
     transpose_words(o, kPanel, w_.out, f_.dv, static_cast<int>(f_.dv), kPanel);
     write_rows<float>(x_, row, static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row)), w_.out, f_.dv,
-                      w_.m + panel * kPanel, w_.l + panel * kPanel, f_.plain ? kLn2 : 1.0);
+                      w_.m + panel * kPanel, w_.l + panel * kPanel, f_.by_rows || f_.of == Scores::scores ? 1.0 : kLn2);
   }
 };
 
@@ -262,9 +272,10 @@ FA_INLINE void share_rows(PanelForward& f, int64_t heads, int64_t rows) {
   f.packed.add(p.k, true, p.D, false, p.int8 ? nullptr : as_rows, nullptr);
   f.packed.add(p.v, true, p.DV, false, as_columns, nullptr);
   f.d = panel_width(p.D), f.dv = panel_width(p.DV);
-  f.plain = plain_scores(p) && !has_dropout(p) && p.scale != 0.0;
+  f.by_rows = p.tree.data || has_dropout(p);
+  f.of = scores_of(p);
   f.scale = static_cast<float>(__builtin_fabs(p.scale));
-  f.c = static_cast<float>(__builtin_fabs(p.scale) / kLn2);
+  f.c = exponent_factor(p);
   share_rows(f, p.B * p.H, p.M);
   Packed packed = pack_all(f.packed);
   bool ok = packed != Packed::no_memory && (packed == Packed::unfit || !p.int8 || quantise_keys(f.keys, p));

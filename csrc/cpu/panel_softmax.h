@@ -3,8 +3,12 @@
 //
 //   P = exp2(c S - t),   c = |scale| log2(e) (its sign is in Q),   t the shift of the row: c S once S was the largest
 //
+// of products, and of scores (panel_scores.h), where a product with log2(e) might overflow:
+//
+//   P = exp2(c (S - t)),   c = log2(e),   t = S once S was the largest
+//
 // t follows the largest score only where that would leave P larger than 2^8; then O and the sum shrink with it. The
-// exponent is one fused multiply-add, and t is exactly what lse adds.
+// exponent of products is one fused multiply-add, and t is exactly what lse adds.
 #pragma once
 #include "panels.h"
 #include "scores.h"
@@ -18,6 +22,13 @@ constexpr int64_t kItem = kKeyBlock * kPanel;  // scores
 constexpr float kSlack = 8.0f;                 // of the largest score over t, in powers of two
 constexpr double kLn2 = 0.69314718055994530942;
 static_assert(kKeyBlock <= kMaxKeys, "general scores go through the buffers of scores.h");
+
+enum class Scores { products, scores, ready };  // ready: probabilities already
+
+template <Scores OF>
+FA_INLINE Vec<float> weight_of(Vec<float> s, float c, Vec<float> t) {
+  return OF == Scores::scores ? vexp2((s - t) * c) : vexp2(s * c - t);
+}
 
 // One panel of rows against one block of keys: what it sees of it are some of the panels first .. last - 1 of keys.
 struct Item {
@@ -94,7 +105,7 @@ FA_OUTLINE void largest(const Item& it, const float* s, Vec<float>* top) {
 }
 
 // A panel of 32 keys: P as pairs of keys [16, 32], in parts, and the sums of its rows.
-template <int PARTS>
+template <int PARTS, Scores OF>
 FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec<float>* sum, uint16_t* pairs,
                            int64_t part) {
   Vec<float> t[kLanes], even[kLanes], odd[kLanes];
@@ -103,8 +114,8 @@ FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec
   for (int j = 0; j < kPanel; j += 2, s += 2 * kPanel, pairs += 2 * kPanel) {
 #pragma GCC unroll 8
     for (int l = 0; l < kLanes; ++l) {
-      const Vec<float> a = vexp2(load<float>(s + l * VL<float>) * c - t[l]);
-      const Vec<float> b = vexp2(load<float>(s + kPanel + l * VL<float>) * c - t[l]);
+      const Vec<float> a = weight_of<OF>(load<float>(s + l * VL<float>), c, t[l]);
+      const Vec<float> b = weight_of<OF>(load<float>(s + kPanel + l * VL<float>), c, t[l]);
       even[l] += a;
       odd[l] += b;
       store_pairs<PARTS>(pairs + 2 * l * VL<float>, part, a, b);
@@ -152,8 +163,8 @@ FA_INLINE void store_panel_rows(const Vec<float>* a, const Vec<float>* b, uint16
   }
 }
 
-// A panel of 32 keys in the forms that the products read. READY: s and dp hold P and dS already.
-template <int PARTS, bool READY>
+// A panel of 32 keys in the forms that the products read. Where they are ready, s and dp hold P and dS.
+template <int PARTS, Scores OF>
 FA_OUTLINE void gradients_of(const float* s, const float* dp, float c, const float* lse, const float* delta,
                              const float* rest, Forms to) {
   Vec<float> base[kLanes], lost[kLanes];
@@ -167,8 +178,8 @@ FA_OUTLINE void gradients_of(const float* s, const float* dp, float c, const flo
 #pragma GCC unroll 8
       for (int l = 0; l < kLanes; ++l) {
         p[u][l] = load<float>(s + l * VL<float>), ds[u][l] = load<float>(dp + l * VL<float>);
-        if (READY) continue;
-        p[u][l] = vexp2(p[u][l] * c - base[l]);
+        if (OF == Scores::ready) continue;
+        p[u][l] = weight_of<OF>(p[u][l], c, base[l]);
         ds[u][l] -= lost[l];
         if (rest) ds[u][l] -= load<float>(rest + l * VL<float>);
         ds[u][l] *= p[u][l];
