@@ -43,6 +43,13 @@ LONG = [
     Case("long-alibi", (1, 2, 2, 140, 290, 64, 64), alibi="h", causal="bottom_right"),
     Case("long-dropout", (1, 2, 2, 140, 290, 64, 64), dropout_p=0.2, causal="top_left"),
     Case("long-weights", (1, 2, 2, 140, 290, 64, 64), weights="mean", causal="bottom_right"),
+    Case("long-weights-heads", (2, 4, 2, 140, 290, 64, 64), weights="heads", sinks=True, key_lengths=True,
+         causal="bottom_right"),
+    Case("long-weights-mask", (1, 4, 4, 100, 390, 64, 64), weights="mean", mask="bool:11mn", dead=True, alibi="h",
+         softcap=4.0, dropout_p=0.2),
+    Case("long-weights-blocks", (1, 2, 2, 140, 390, 64, 64), weights="heads", block_map="1h:0.4:64x96",
+         window=(150, 40)),
+    Case("long-bias-scale-zero", (1, 2, 2, 140, 290, 64, 64), bias="half:1hmn", scale=0.0, causal="top_left"),
     Case("long-very-negative-logits", (1, 2, 2, 150, 300, 64, 64), shift=3.0),
     *(Case(f"long-packed-{c}", (4, 4, 2, 300, 300, 64, 64), packed=((300, 5, 0, 150), (300, 170, 40, 129)), causal=c)
       for c in (None, "bottom_right")),

@@ -13,7 +13,7 @@
 
 #if defined(FA_PRODUCTS)
   #include "panel_backward.h"
-  #include "panel_forward.h"
+  #include "panel_weights.h"
 #endif
 #include "backward.h"
 #include "bias_grad.h"
@@ -65,8 +65,11 @@ static bool backward(const AttentionParams& params) {
 }
 
 static bool run_forward(const AttentionParams& p) {
-  if (p.weights.data) return p.q.dtype == DType::f64 ? weights<double>(p) : weights<float>(p);
-  if (p.q.dtype == DType::f64) return forward<double>(p);
+  if (p.q.dtype == DType::f64) return p.weights.data ? weights<double>(p) : forward<double>(p);
+#if defined(FA_PRODUCTS)
+  if (p.weights.data && panel_weights_wanted(p)) return panel_weights(p);
+#endif
+  if (p.weights.data) return weights<float>(p);
   const bool few = few_rows_wanted(p);
   if (few && p.lengths) return few_rows_of_cache(p);
 #if defined(FA_PRODUCTS)

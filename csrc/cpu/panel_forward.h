@@ -26,6 +26,7 @@ struct PanelForward {
   int panels;       // of a task
   int64_t blocks;   // tasks of a (batch, head)
   int64_t d, dv;    // padded
+  bool kept;        // the weights of all keys stay, of one panel (panel_weights.h)
   bool by_rows;     // an item is turned into rows
   Scores of;        // what the softmax gets, if not
   float scale, c;
@@ -34,6 +35,7 @@ struct PanelForward {
 struct PanelForwardScratch {
   uint16_t *strip, *q, *pairs;
   float *s, *o, *m, *l, *alpha, *rows, *out, *keep;
+  float *tops, *stats;  // where weights are kept: [panels of keys, 32], NaN for none; [32, 2]
   Int8Rows int8;
   RowBuffers<float> row;
   PanelForwardScratch(const PanelForward& f, Arena& a) {
@@ -43,12 +45,15 @@ struct PanelForwardScratch {
     pairs = a.take<uint16_t>(2 * parts * kItem);            // P^T, of two items
     const int64_t codes = f.packed.p.int8 ? f.panels * kPanel : 0;
     int8 = {a.take<float>(codes), a.take<float>(codes), a.take<int32_t>(codes)};
-    s = a.take<float>(2 * kItem);  // S^T, of two items
+    const int64_t items = f.kept ? ceil_div(f.packed.p.N, kKeyBlock) : 0;
+    s = a.take<float>((f.kept ? items : 2) * kItem);  // S^T, of two items where they are not kept
+    tops = a.take<float>(items * kSubs * kPanel);
+    stats = a.take<float>(f.kept ? 2 * kPanel : 0);
     o = a.take<float>(f.panels * f.dv * kPanel);
     m = a.take<float>(f.panels * kPanel);
     l = a.take<float>(f.panels * kPanel);
     alpha = a.take<float>(kPanel);
-    rows = a.take<float>(f.by_rows || f.of == Scores::scores ? kPanel * kLine : 0);
+    rows = a.take<float>(f.kept || f.by_rows || f.of == Scores::scores ? kPanel * kLine : 0);
     out = a.take<float>(kPanel * f.dv);
     keep = a.take<float>(kMaxKeys + 16);
     row.mask = a.take<float>(kMaxKeys + 16);
@@ -66,6 +71,8 @@ class PanelForwardTask {
     for (int i = 0; i < kForwardPanels; ++i) fresh_[i] = true;
     const Range r = visible(x, row, min_of<int64_t>(panels_ * kPanel, x.rows - row));
     key_ = r.lo / kKeyBlock * kKeyBlock, end_ = r.hi;
+    for (int64_t i = 0; f.kept && i < ceil_div(p_.N, kKeyBlock) * kSubs; ++i) *tops(i) = __builtin_nanf("");
+    for (int i = 0; f.kept && i < 2 * kPanel; ++i) w_.stats[i] = 0;
   }
 
   void run() {
@@ -82,16 +89,49 @@ class PanelForwardTask {
       push_values();
       if (more) fetch_for_panel(p_.mask, x_, next), fetch_for_panel(p_.bias, x_, next);
       if (p_.int8)
-        scores_of_codes(now, scores(turn), int8_rows(now.panel),
+        scores_of_codes(now, scores(now, turn), int8_rows(now.panel),
                         f_.keys.scales(x_.b, x_.hk, now.key / kPanel + now.first));
       const bool any = f_.by_rows ? general_softmax(now, turn) : softmax(now, turn);
       queue_.run_all();
       if (any) values_ = values_of(now, turn);
+      if (any && f_.kept) keep_tops(now);
       turn ^= 1;
     }
     push_values();
     queue_.run_all();
     for (int i = 0; i < panels_; ++i) write_panel(i);
+  }
+
+  // to [N, 32] += share P^T of the one panel of rows, where weights are kept.
+  void add_weights(float share, float* to) const {
+    const float unit = static_cast<float>(unit_of_tops());
+    Vec<float> shift[kLanes], inverse[kLanes];
+    for (int i = 0; i < kPanel; ++i) {
+      shift[i / VL<float>][i % VL<float>] = w_.stats[2 * i];
+      inverse[i / VL<float>][i % VL<float>] = w_.stats[2 * i + 1] * share;
+    }
+    for (int64_t panel = 0; panel < ceil_div(p_.N, kPanel); ++panel) {
+      const float *top = tops(panel), *p = w_.s + panel * kPanel * kPanel;
+      if (*top != *top) continue;
+      for (int l = 0; l < kLanes; ++l) {
+        const Vec<float> factor = vexp<float>(load<float>(top + l * VL<float>) * unit - shift[l]) * inverse[l];
+        for (int64_t j = l * VL<float>; j < kPanel * kPanel; j += kPanel) {
+          float* at = to + panel * kPanel * kPanel + j;
+          store<float>(at, load<float>(at) + load<float>(p + j) * factor);
+        }
+      }
+    }
+  }
+
+  // Sums [N, 32] as the weights of these rows of a head.
+  void store_weights(int64_t head, const float* from) const {
+    const int rows = static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row_));
+    for (int64_t key = 0; key < p_.N; key += kKeyBlock) {
+      const int keys = static_cast<int>(min_of<int64_t>(kKeyBlock, p_.N - key));
+      transpose_words(from + key * kPanel, kPanel, w_.rows, kLine, static_cast<int>(round_up(keys, kPanel)), kPanel);
+      for (int i = 0; i < rows; ++i)
+        store_row(address(p_.weights, x_.b, head, row_ + i, key), p_.weights.dtype, w_.rows + i * kLine, 1.0f, keys);
+    }
   }
 
  private:
@@ -111,7 +151,7 @@ class PanelForwardTask {
     const int64_t at = panel * kPanel;
     return {w_.int8.scale + at, w_.int8.common + at, w_.int8.excess + at};
   }
-  float* scores(int turn) const { return w_.s + turn * kItem; }
+  float* scores(const Item& it, int turn) const { return w_.s + (f_.kept ? it.key / kKeyBlock : turn) * kItem; }
   uint16_t* pairs(int turn) const { return w_.pairs + turn * f_.packed.parts * kItem; }
 
   void load_queries(int panel) {
@@ -143,7 +183,7 @@ class PanelForwardTask {
     const uint16_t* k = p_.int8 ? f_.keys.panel(x_.b, x_.hk, at) : packed.panel(0, 0, x_.b, x_.hk, at);
     Product s{};
     s.a = rows_operand(k, width), s.b = column_pairs_operand(queries(it.panel), width);
-    s.c = scores(turn) + it.first * kPanel * kPanel, s.c_row_bytes = kPanel * 4;
+    s.c = scores(it, turn) + it.first * kPanel * kPanel, s.c_row_bytes = kPanel * 4;
     s.c_down = kTileRows * kPanel, s.c_right = 16;
     s.steps = static_cast<int>(width / 32), s.terms = p_.int8 ? 1 : kExact[packed.parts - 1], s.int8 = p_.int8;
     queue_.push({s, it.last - it.first, p_.int8 ? f_.keys.panel_size() : packed.panel_size(0), 0, kPanel * kPanel});
@@ -176,7 +216,7 @@ class PanelForwardTask {
   }
 
   bool softmax(const Item& it, int turn) {
-    float *s = scores(turn), *m = w_.m + it.panel * kPanel, *sums = w_.l + it.panel * kPanel;
+    float *s = scores(it, turn), *m = w_.m + it.panel * kPanel, *sums = w_.l + it.panel * kPanel;
     const bool natural = f_.of == Scores::scores;
     const float unit = natural ? 1.0f : f_.c, slack = natural ? kSlack * static_cast<float>(kLn2) : kSlack;
     if (natural) finish_panel(x_, it, f_.scale, w_.rows, s);
@@ -202,10 +242,14 @@ class PanelForwardTask {
       const int64_t at = sub * kPanel * kPanel;
       uint16_t* to = pairs(turn) + at;
       with_parts(f_.packed.parts, [&](auto n) {
-        if (natural)
-          weights_of<n.value, Scores::scores>(s + at, f_.c, shift, sum, to, kItem);
+        if (f_.kept && natural)
+          weights_of<n.value, Scores::scores, true>(s + at, f_.c, shift, sum, to, kItem);
+        else if (f_.kept)
+          weights_of<n.value, Scores::products, true>(s + at, f_.c, shift, sum, to, kItem);
+        else if (natural)
+          weights_of<n.value, Scores::scores, false>(s + at, f_.c, shift, sum, to, kItem);
         else
-          weights_of<n.value, Scores::products>(s + at, f_.c, shift, sum, to, kItem);
+          weights_of<n.value, Scores::products, false>(s + at, f_.c, shift, sum, to, kItem);
       });
       queue_.run_share(it.last - sub);
     }
@@ -218,7 +262,7 @@ class PanelForwardTask {
     Tile t;
     const int keys = static_cast<int>(min_of<int64_t>(kKeyBlock, x_.seen - it.key));
     if (!make_tile(x_, it.row, it.rows, it.key, keys, t, keys_of(it))) return false;
-    float* s = scores(turn);
+    float* s = scores(it, turn);
     to_rows(it, s, f_.scale, w_.rows, kLine);
     finish_scores<float>(x_, t, w_.rows, kLine, nullptr, w_.row);
     for (int i = 0; i < kPanel; ++i) w_.alpha[i] = 1;
@@ -241,8 +285,17 @@ class PanelForwardTask {
     if (fresh_[panel]) __builtin_memset(o, 0, sizeof(float) * static_cast<size_t>(f_.dv * kPanel));
     transpose_words(o, kPanel, w_.out, f_.dv, static_cast<int>(f_.dv), kPanel);
     write_rows<float>(x_, row, static_cast<int>(min_of<int64_t>(kPanel, x_.rows - row)), w_.out, f_.dv,
-                      w_.m + panel * kPanel, w_.l + panel * kPanel, f_.by_rows || f_.of == Scores::scores ? 1.0 : kLn2);
+                      w_.m + panel * kPanel, w_.l + panel * kPanel, unit_of_tops(), f_.kept ? w_.stats : nullptr);
   }
+
+  // Of m, in natural logarithms.
+  double unit_of_tops() const { return f_.by_rows || f_.of == Scores::scores ? 1.0 : kLn2; }
+
+  void keep_tops(const Item& it) {
+    for (int sub = it.first; sub < it.last; ++sub)
+      __builtin_memcpy(tops(it.key / kPanel + sub), w_.m, sizeof(float) * kPanel);
+  }
+  float* tops(int64_t panel) const { return w_.tops + panel * kPanel; }
 };
 
 [[maybe_unused]] static void panel_forward_task(const void* plan, int64_t task, char* scratch) {
@@ -266,7 +319,7 @@ FA_INLINE void share_rows(PanelForward& f, int64_t heads, int64_t rows) {
   f.blocks = ceil_div(panels, f.panels);
 }
 
-[[maybe_unused]] static bool panel_forward(const AttentionParams& p) {
+[[maybe_unused]] static PanelForward make_panel_forward(const AttentionParams& p) {
   PanelForward f{};
   f.packed.p = p, f.packed.parts = parts_of(p.q.dtype);
   f.packed.add(p.k, true, p.D, false, p.int8 ? nullptr : as_rows, nullptr);
@@ -276,15 +329,22 @@ FA_INLINE void share_rows(PanelForward& f, int64_t heads, int64_t rows) {
   f.of = scores_of(p);
   f.scale = static_cast<float>(__builtin_fabs(p.scale));
   f.c = exponent_factor(p);
+  return f;
+}
+
+FA_INLINE double panel_work(const PanelForward& f) {
+  return forward_work(f.packed.p) * kExact[f.packed.parts - 1] / kProductSpeed;
+}
+
+[[maybe_unused]] static bool panel_forward(const AttentionParams& p) {
+  PanelForward f = make_panel_forward(p);
   share_rows(f, p.B * p.H, p.M);
   Packed packed = pack_all(f.packed);
   bool ok = packed != Packed::no_memory && (packed == Packed::unfit || !p.int8 || quantise_keys(f.keys, p));
   if (ok && packed == Packed::done) {
     Arena count{0};
     PanelForwardScratch layout(f, count);
-    const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.M) * static_cast<double>(p.N + 1) *
-                        static_cast<double>(p.D + p.DV) * kExact[f.packed.parts - 1] / kProductSpeed;
-    ok = run_tasks(p.B * p.H * f.blocks, p.threads, work, count.used, panel_forward_task, &f);
+    ok = run_tasks(p.B * p.H * f.blocks, p.threads, panel_work(f), count.used, panel_forward_task, &f);
   }
   release(f.keys.memory);
   release(f.packed.memory);

@@ -104,10 +104,9 @@ FA_OUTLINE void largest(const Item& it, const float* s, Vec<float>* top) {
         max_skip_nan<float>(max_skip_nan<float>(part[0][l], part[1][l]), max_skip_nan<float>(part[2][l], part[3][l]));
 }
 
-// A panel of 32 keys: P as pairs of keys [16, 32], in parts, and the sums of its rows.
-template <int PARTS, Scores OF>
-FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec<float>* sum, uint16_t* pairs,
-                           int64_t part) {
+// A panel of 32 keys: P as pairs of keys [16, 32], in parts, and the sums of its rows. KEEP: P takes the place of S, too.
+template <int PARTS, Scores OF, bool KEEP>
+FA_OUTLINE void weights_of(float* s, float c, const Vec<float>* shift, Vec<float>* sum, uint16_t* pairs, int64_t part) {
   Vec<float> t[kLanes], even[kLanes], odd[kLanes];
 #pragma GCC unroll 8
   for (int l = 0; l < kLanes; ++l) t[l] = shift[l], even[l] = odd[l] = Vec<float>{};
@@ -118,6 +117,7 @@ FA_OUTLINE void weights_of(const float* s, float c, const Vec<float>* shift, Vec
       const Vec<float> b = weight_of<OF>(load<float>(s + kPanel + l * VL<float>), c, t[l]);
       even[l] += a;
       odd[l] += b;
+      if (KEEP) store<float>(s + l * VL<float>, a), store<float>(s + kPanel + l * VL<float>, b);
       store_pairs<PARTS>(pairs + 2 * l * VL<float>, part, a, b);
     }
   }
