@@ -1,6 +1,6 @@
 // Backward pass: dQ, dK, dV, dsinks from out, lse, dout, dlse, dweights. P is recomputed tile by tile (recompute.h).
 //
-//   dV = dropout(P)^T dO        dK = dS^T (scale Q)       dQ = scale dS K        dsinks = -sum exp(sink - lse) delta
+//   dV = dropout(P)^T dO        dK = scale dS^T Q         dQ = scale dS K        dsinks = -sum exp(sink - lse) delta
 //
 // One task per (batch, key head, chunk of keys). It runs over key blocks, and for each over the heads of the group
 // and the row blocks: dK and dV of the key block stay in its scratch; dQ goes to the partial sum of the chunk.
@@ -106,7 +106,7 @@ template <class T>
     }
     for (int i = 0; i < keys; ++i) {
       const int64_t at = any.key0 + key + i;
-      if (p.dk.data) store_row(address(p.dk, any.batch, hk, at), p.dk.dtype, n.dk + i * f.ldq, T(1), p.D);
+      if (p.dk.data) store_row(address(p.dk, any.batch, hk, at), p.dk.dtype, n.dk + i * f.ldq, score_factor<T>(p), p.D);
       if (p.dv.data) store_row(address(p.dv, any.batch, hk, at), p.dv.dtype, n.dv + i * f.ldv, T(1), p.DV);
     }
   }

@@ -21,9 +21,7 @@ FA_INLINE void tiles_end() {}
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
-FA_INLINE Vec<float> add_dots(Vec<float> c, IVec<float> a, IVec<float> b) {
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-}
+FA_INLINE Vec<float> add_dots(Vec<float> c, IVec<float> a, IVec<float> b) { return add_pairs(c, a, b); }
 FA_INLINE Vec<float> add_codes(Vec<float> c, IVec<float> a, IVec<float> b) {
   return (Vec<float>)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
 }

@@ -5,7 +5,9 @@
 // The weights are rounded to bfloat16, as on panels. few_rows.h asks where `dots_fit`.
 #pragma once
 #include "few_products.h"
-#include "panels.h"
+#if defined(__AVX512BF16__)
+  #include "panels.h"
+#endif
 
 FA_BEGIN
 
@@ -23,9 +25,6 @@ FA_INLINE bool dots_fit(DType query, DType stored, int64_t columns) {
 
 #if defined(__AVX512BF16__)
 
-FA_INLINE Vec<float> add_pairs(Vec<float> c, IVec<float> a, IVec<float> b) {
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-}
 FA_INLINE IVec<float> load_pairs(const char* p) { return bits<float>(load<float>(reinterpret_cast<const float*>(p))); }
 
 // For few_products: 16 pairs of columns in a vector.

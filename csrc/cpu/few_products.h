@@ -50,18 +50,21 @@ template <class Terms, int ROWS>
 }
 
 // o [R, width] = alpha o + s v, ROWS rows and VECTORS vectors of o at a time in registers, over all keys of the tile.
-// from: the first column.
+// Even and odd keys are summed apart where there are registers for it, which rounds less. from: the first column.
 template <DType S, int ROWS, int VECTORS>
 FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, const StoredRows& v,
                         const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
+  constexpr int CHAINS = kVectorBytes == 64 ? 2 : 1;  // 32 registers
   const int fetched = from ? 0 : next.keys;
   constexpr int64_t size = stored_size(S);
-  Vec<float> acc[ROWS][VECTORS];
+  Vec<float> acc[CHAINS][ROWS][VECTORS];
+#pragma GCC unroll 2
+  for (int i = 0; i < CHAINS; ++i)
 #pragma GCC unroll 8
-  for (int a = 0; a < ROWS; ++a)
+    for (int a = 0; a < ROWS; ++a)
 #pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; ++c) acc[a][c] = Vec<float>{};
-  for (int j = 0; j < keys; ++j) {
+      for (int c = 0; c < VECTORS; ++c) acc[i][a][c] = Vec<float>{};
+  const auto add_key = [&](int j, Vec<float>(&sums)[ROWS][VECTORS]) __attribute__((always_inline)) {
     const char* row = v.row[j] + from * size;
     if (j < fetched) fetch(next, j);
     Vec<float> value[VECTORS];
@@ -71,15 +74,21 @@ FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, con
     for (int a = 0; a < ROWS; ++a) {
       const Vec<float> weight = splat<float>(s[a * lds + j]);
 #pragma GCC unroll 8
-      for (int c = 0; c < VECTORS; ++c) acc[a][c] += weight * value[c];
+      for (int c = 0; c < VECTORS; ++c) sums[a][c] += weight * value[c];
     }
-  }
+  };
+  int j = 0;
+  for (; j + CHAINS <= keys; j += CHAINS)
+#pragma GCC unroll 2
+    for (int i = 0; i < CHAINS; ++i) add_key(j + i, acc[i]);
+  for (; j < keys; ++j) add_key(j, acc[0]);
 #pragma GCC unroll 8
   for (int a = 0; a < ROWS; ++a)
 #pragma GCC unroll 8
     for (int c = 0; c < VECTORS; ++c) {
       float* sum = o + a * ldo + from + c * VL<float>;
-      store<float>(sum, alpha[a] * load<float>(sum) + acc[a][c]);  // last: a shorter chain of roundings
+      const Vec<float> own = CHAINS == 2 ? acc[0][a][c] + acc[CHAINS - 1][a][c] : acc[0][a][c];
+      store<float>(sum, alpha[a] * load<float>(sum) + own);  // last: a shorter chain of roundings
     }
 }
 template <DType S, int VECTORS>

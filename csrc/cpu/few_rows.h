@@ -22,7 +22,7 @@ struct FewRows {
   int64_t splits, keys;  // of the keys, and how many each has
   int64_t ldq, ldv, lds;
   bool key_dots, value_dots;  // by few_dots.h; q is bf16 then, [R, 2 ldq]
-  float q_factor, factor;     // of q, and of the scores: one is the scale
+  float factor;               // of the scores: the scale
   float* partial;             // [batch, key head, head block, split, R, ldv + 2]: O, then m and l; null with one split
   int64_t rows() const { return heads * p.M; }
   int64_t part() const { return rows() * (ldv + 2); }
@@ -190,7 +190,6 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
     return;
   }
   pack_rows(to, f.ldq, from, p.q.dtype, p.q.stride[2], m, p.D);
-  for (int64_t i = 0; i < m * f.ldq; ++i) to[i] *= f.q_factor;
 }
 
 [[maybe_unused]] static void few_rows_task(const void* plan, int64_t task, char* scratch) {
@@ -268,11 +267,7 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   f.heads = static_cast<int>(heads), f.head_blocks = group / heads;
   f.ldq = round_up(p.D, VL<float>), f.ldv = round_up(p.DV, NR<float>), f.lds = kFewKeys + VL<float>;
   f.key_dots = dots_fit(p.q.dtype, p.k.dtype, p.D), f.value_dots = dots_fit(p.q.dtype, p.v.dtype, p.DV);
-  // Scores are rounded once less with the scale on them. In q it is where a backward pass may compute them again, which
-  // has it there.
-  const bool in_q = !f.key_dots && !p.lengths;
-  const float scale = static_cast<float>(p.scale);
-  f.q_factor = in_q ? scale : 1.0f, f.factor = in_q ? 1.0f : scale;
+  f.factor = static_cast<float>(p.scale);
   // Splits by shape alone: 32 tasks keep any desktop busy, and 512 keys outweigh the merging.
   const int64_t pairs = (p.batch_invariant ? 1 : p.B) * p.HK * f.head_blocks;
   f.splits = max_of<int64_t>(min_of(ceil_div(32, pairs), p.N / 512), 1);

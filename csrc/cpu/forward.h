@@ -132,7 +132,7 @@ template <class T>
   const AttentionParams& p = f.p;
   T *o = w.o + at * f.ldo, *alpha = w.alpha + at;
   score_products<T>(p.M, p.N, t.rows, t.keys, static_cast<int>(p.D), w.q + at * f.ldq, f.ldq, w.kt, f.lds, s, f.lds,
-                    t.panels());
+                    t.panels(), score_factor<T>(p));
   finish_scores<T>(x, t, s, f.lds, nullptr, w.row);
   online_softmax<T>(t, s, f.lds, w.m + at, w.l + at, alpha);
   if (has_dropout(p)) drop_tile<T>(x, t, s, f.lds, w.keep);

@@ -81,14 +81,10 @@ template <class T>
                               nullptr);
 }
 
-// Up to this many rows of queries, few_rows.h sums q.k in the lanes of a vector, and so does whoever computes the same
-// scores: P = exp(S - lse) adds up to 1 only where both have the same rounding errors.
-constexpr int64_t kLaneRows = 8;
-
-// C = A B with A row-major; the terms k, k + VL, k + 2 VL ... of a dot product in one chain, the chains by halves.
+// C = factor A B with A row-major; the terms k, k + VL, k + 2 VL ... of a dot product in one chain, the chains by halves.
 template <class T>
 [[maybe_unused]] static void lane_products(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                                           int64_t ldc) {
+                                           int64_t ldc, T factor) {
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < n; j += VL<T>) {
       Vec<T> acc[VL<T>];
@@ -101,17 +97,18 @@ template <class T>
       for (int half = VL<T> / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
         for (int l = 0; l < half; ++l) acc[l] += acc[l + half];
-      store<T>(c + i * ldc + j, acc[0]);
+      store<T>(c + i * ldc + j, acc[0] * factor);
     }
   }
 }
 
-// Scores of a tile of a problem with M rows and N keys; all of them where rows are few, else those on `columns`.
+// Scores of a tile of a problem with M rows and N keys; all of them where rows are few, else those on `columns`, and then
+// q has the scale already (pack.h: query_factor).
 template <class T>
 [[maybe_unused]] static void score_products(int64_t M, int64_t N, int m, int n, int k, const T* q, int64_t ldq,
-                                            const T* kt, int64_t ldk, T* s, int64_t lds, const Span* columns) {
-  if (sizeof(T) == sizeof(float) && M <= kLaneRows)
-    lane_products<T>(m, n, k, q, ldq, kt, ldk, s, lds);
+                                            const T* kt, int64_t ldk, T* s, int64_t lds, const Span* columns, T scale) {
+  if (in_lanes<T>(M))
+    lane_products<T>(m, n, k, q, ldq, kt, ldk, s, lds, scale);
   else
     dot_products<T>(m, n, k, dot_piece(M, N), q, ldq, kt, ldk, s, lds, columns);
 }

@@ -32,13 +32,20 @@ template <class T>
     for (int64_t j = 0; j < width; ++j) dst[i * ld + j] = 0;
 }
 
-// scale q: with the scale in q, the largest score of a row is the shift of its softmax to the last bit, and a row that
-// sees one key has the weight 1 exactly.
+// The scale is in q or, of few rows, in the scores, which rounds once less; never in the exponent: the largest score of a
+// row is the shift of its softmax to the last bit, and a row that sees one key has the weight 1 exactly.
+template <class T>
+FA_INLINE T query_factor(const AttentionParams& p) {
+  return in_lanes<T>(p.M) ? T(1) : static_cast<T>(p.scale);
+}
+template <class T>
+FA_INLINE T score_factor(const AttentionParams& p) {
+  return in_lanes<T>(p.M) ? static_cast<T>(p.scale) : T(1);
+}
 template <class T>
 [[maybe_unused]] static void pack_queries(T* dst, int64_t ld, const Problem& x, int64_t row, int rows) {
   const Tensor& q = x.p->q;
-  pack_panels(dst, ld, row_address(q, x, x.h, x.row0 + row), q.dtype, q.stride[2], rows, x.p->D,
-              static_cast<T>(x.p->scale));
+  pack_panels(dst, ld, row_address(q, x, x.h, x.row0 + row), q.dtype, q.stride[2], rows, x.p->D, query_factor<T>(*x.p));
 }
 
 // VL vectors of VL elements, by log2(VL) rounds of perfect shuffles: what was element c of a[r] is element r of a[c].

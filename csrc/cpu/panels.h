@@ -94,6 +94,10 @@ FA_INLINE bool has_parts(float x) {
   const int parts = parts_of(type);
   const uint16_t sign = negate ? 0x8000 : 0, special = type == DType::f16 ? 0x7c00 : 0x7f80;
   int bad = 0;
+  // Rows of one head in a projection of all heads lie far apart: the processor does not guess the next one.
+  for (int i = 0; i < rows; ++i)
+    for (int64_t at = 0; at < columns * size_of(type); at += 64)
+      __builtin_prefetch(src + i * stride * size_of(type) + at);
   for (int i = 0; i < kPanel; ++i) {
     uint16_t* row = strip + i * width;
     for (int part = 0; part < parts; ++part) {

@@ -11,6 +11,13 @@ FA_BEGIN
 
 constexpr int kTileRows = 16, kTileBytes = 64;
 
+#if defined(__AVX512BF16__)
+// c plus the dot products of pairs of bf16, lane by lane: VDPBF16PS.
+FA_INLINE Vec<float> add_pairs(Vec<float> c, IVec<float> a, IVec<float> b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // Where an instruction is imitated. Subnormal numbers are zero, going in and coming out; the sign stays.
 FA_INLINE float flush(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
 

@@ -102,7 +102,7 @@ template <class T>
 template <class T>
 [[maybe_unused]] static void probabilities(const Problem& x, const Plan<T>& f, const Tile& t, const Scratch<T>& w) {
   score_products<T>(f.p.M, f.p.N, t.rows, t.keys, static_cast<int>(f.p.D), w.q, f.ldq, w.kt, f.lds, w.s, f.lds,
-                    t.panels());
+                    t.panels(), score_factor<T>(f.p));
   finish_probabilities<T>(x, f, t, w);
 }
 

@@ -79,6 +79,14 @@ FA_INLINE int64_t padded(int64_t n) {
 // keys have time for short chains; a library's dot product, which they are compared with, has them in its lanes.
 FA_INLINE int dot_piece(int64_t rows, int64_t keys) { return min_of(rows, keys) <= 16 ? 8 : 64; }
 
+// Up to this many rows of queries, few_rows.h sums q.k in the lanes of a vector, and so does whoever computes the same
+// scores: P = exp(S - lse) adds up to 1 only where both have the same rounding errors.
+constexpr int64_t kLaneRows = 8;
+template <class T>
+FA_INLINE bool in_lanes(int64_t rows) {
+  return sizeof(T) == sizeof(float) && rows <= kLaneRows;
+}
+
 // Key chunks per (batch, key head) in the backward pass. Each chunk is a task and has its own partial sum of dQ, so
 // more chunks mean more parallelism and more memory. 32 tasks keep any desktop busy; a chunk has at least two key
 // blocks; the partial sums of one head group stay within 24 MB. Batch-invariant: as if the batch had one element.

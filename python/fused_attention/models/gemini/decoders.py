@@ -25,6 +25,11 @@ from .configuration import GeminiConfig
 from .encoders import check_frames, hide_padding
 
 
+def for_loss(x: Tensor) -> Tensor:
+    """What a loss is computed from: float32, or float64 of a model in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ImageDecoder(nn.Module):
     """Images [N, C, H, W] in [0, 1] as P patches of K = C * patch_size^2 pixels."""
 
@@ -64,7 +69,7 @@ class ImageDecoder(nn.Module):
         level = (self.split(images) * (self.levels - 1)).round().long()  # [N, P, K]
         if bool(((level < 0) | (level >= self.levels)).any()):
             raise ValueError("image_targets: got pixel values outside of 0 .. 1")
-        return F.cross_entropy(self(hidden).flatten(0, 1).float(), level.flatten())
+        return F.cross_entropy(for_loss(self(hidden).flatten(0, 1)), level.flatten())
 
     def draw(self, hidden: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
         """The next patch [N, K] of N images: sampled, or the likeliest levels at temperature 0."""
@@ -129,9 +134,9 @@ class AudioDecoder(nn.Module):
         """
         slots, lengths = self.split(frames, lengths)
         used = self.in_use(lengths, slots.shape[1])
-        said, stop = (t.float() for t in self(hidden))  # [used, K], [used]
+        said, stop = (for_loss(t) for t in self(hidden))  # [used, K], [used]
         frame = torch.arange(slots.shape[1] * self.reduction, device=slots.device).view(slots.shape[1], -1)
         real = (frame < lengths[:, None, None])[used]  # [used, reduction]
-        error = (said - slots[used].float()).unflatten(1, (self.reduction, -1))[real]
-        last = ((frame[:, -1] + 1 >= lengths[:, None])[used]).float()
+        error = (said - slots[used].to(said.dtype)).unflatten(1, (self.reduction, -1))[real]
+        last = ((frame[:, -1] + 1 >= lengths[:, None])[used]).to(stop.dtype)
         return error.abs().mean() + error.square().mean() + F.binary_cross_entropy_with_logits(stop, last)

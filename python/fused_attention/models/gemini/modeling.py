@@ -28,7 +28,7 @@ from ...nn.positions import RotaryEmbedding
 from .attention import GeminiAttention
 from .cache import Arrival, GeminiCache
 from .configuration import GeminiConfig
-from .decoders import AudioDecoder, ImageDecoder
+from .decoders import AudioDecoder, ImageDecoder, for_loss
 from .encoders import AudioEncoder, ImageEncoder
 from .inputs import Media, MediaInputs
 
@@ -331,8 +331,8 @@ class GeminiModel(MediaInputs, GeminiPreTrainedModel):
             labels = labels.masked_fill(torch.isin(ids, slots), -100)
         target = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # position s predicts token s + 1
         if weights is None:
-            total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=-100, reduction="sum")
+            total = F.cross_entropy(for_loss(logits.flatten(0, 1)), target, ignore_index=-100, reduction="sum")
             return total / ((target != -100).sum().clamp(min=1) if items is None else items)
         weight = F.pad(weights[:, 1:], (0, 1)).flatten().masked_fill(target == -100, 0.0)
-        each = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=-100, reduction="none")
+        each = F.cross_entropy(for_loss(logits.flatten(0, 1)), target, ignore_index=-100, reduction="none")
         return (each * weight).sum() / (weight.sum().clamp(min=1e-6) if items is None else items)
