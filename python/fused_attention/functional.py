@@ -205,8 +205,8 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
             or float16, are rounded to 4 bits with a scale for each block of 128 rows of a head, the weights likewise;
             on sm_90. "int8": query and key, not of float64, are rounded to 8 bits with a scale for each row, the key
             less its mean over the keys of its head; on processors with AMX or AVX-512's bfloat16 products. Both are
-            forward only. An infinity in query, and with "fp8" in key, counts as NaN; other numbers that are not finite, or float32 keys or values
-            below 2^-100 or above 2^127, make "int8" compute in the precision of the inputs.
+            forward only. An infinity in query, and with "fp8" in key, counts as NaN; other numbers that are not finite,
+            or float32 keys or values below 2^-100 or above 2^127, make "int8" compute in the precision of the inputs.
 
     Returns:
         The output [B, H, M, DV], or an `AttentionResult` if `return_lse` or `return_weights` is set.
