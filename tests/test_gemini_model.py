@@ -65,12 +65,17 @@ def test_logits_losses_and_every_gradient(side: str, dtype: torch.dtype, say: Ca
 def test_losses(dtype: torch.dtype) -> None:
     """Of both sides and with and without a softcap at once: four numbers alone eager may meet by chance."""
     found: dict[str, list[Tensor]] = {"same": [], "ref": [], "ours": []}
+    plain: dict[str, list[Tensor]] = {"same": [], "ref": [], "sdpa": []}  # without a softcap, which SDPA lacks
     for side in ("left", "right"):
         inputs = batch(config(), side)
         for more in ({}, {"attn_logit_softcapping": None}):
             found["same"].append(results("eager", dtype, inputs, **more)["losses"])
             found["ref"].append(results("eager", torch.float64, inputs, **more)["losses"])
             found["ours"].append(results("fused_attention", dtype, inputs, **more)["losses"])
+        plain["same"].append(found["same"][-1])
+        plain["ref"].append(found["ref"][-1])
+        plain["sdpa"].append(results("sdpa", dtype, inputs, **more)["losses"])
+    assert_close(*(torch.cat(plain[name]) for name in ("sdpa", "same", "ref")), name="losses of SDPA")
     assert_close(*(torch.cat(found[name]) for name in ("ours", "same", "ref")), name="losses")
 
 
