@@ -22,7 +22,6 @@ struct FewRows {
   int64_t splits, keys;  // of the keys, and how many each has
   int64_t ldq, ldv, lds;
   bool key_dots, value_dots;  // by few_dots.h; q is bf16 then, [R, 2 ldq]
-  float factor;               // of the scores: the scale
   float* partial;             // [batch, key head, head block, split, R, ldv + 2]: O, then m and l; null with one split
   int64_t rows() const { return heads * p.M; }
   int64_t part() const { return rows() * (ldv + 2); }
@@ -80,10 +79,11 @@ template <class Terms>
 // S = scale q K^T.
 [[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& k,
                                         const StoredRows& next) {
+  const float scale = static_cast<float>(f.p.scale);
 #if defined(__AVX512BF16__)
-  if (f.key_dots) return score_keys<PairsOfColumns>(f, w, keys, f.ldq / 2, k, next, f.factor);
+  if (f.key_dots) return score_keys<PairsOfColumns>(f, w, keys, f.ldq / 2, k, next, scale);
 #endif
-  with_numbers(k.type, [&](auto numbers) { score_keys<decltype(numbers)>(f, w, keys, f.ldq, k, next, f.factor); });
+  with_numbers(k.type, [&](auto numbers) { score_keys<decltype(numbers)>(f, w, keys, f.ldq, k, next, scale); });
 }
 
 template <DType S>
@@ -267,7 +267,6 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   f.heads = static_cast<int>(heads), f.head_blocks = group / heads;
   f.ldq = round_up(p.D, VL<float>), f.ldv = round_up(p.DV, NR<float>), f.lds = kFewKeys + VL<float>;
   f.key_dots = dots_fit(p.q.dtype, p.k.dtype, p.D), f.value_dots = dots_fit(p.q.dtype, p.v.dtype, p.DV);
-  f.factor = static_cast<float>(p.scale);
   // Splits by shape alone: 32 tasks keep any desktop busy, and 512 keys outweigh the merging.
   const int64_t pairs = (p.batch_invariant ? 1 : p.B) * p.HK * f.head_blocks;
   f.splits = max_of<int64_t>(min_of(ceil_div(32, pairs), p.N / 512), 1);
