@@ -96,9 +96,9 @@ template <DType S>
 }
 // O = alpha O + P V.
 [[maybe_unused]] static void add_values(const FewRows& f, const FewRowsScratch& w, int keys, StoredRows& v,
-                                        const StoredRows& next, [[maybe_unused]] bool dots) {
+                                        const StoredRows& next) {
 #if defined(__AVX512BF16__)
-  if (dots)
+  if (f.value_dots)
     return add_values_by_dots(static_cast<int>(f.rows()), keys, f.ldv, w.s, f.lds, w.pairs, v, next, w.alpha, w.o,
                               f.ldv);
 #endif
@@ -123,13 +123,51 @@ template <DType S>
     }
 }
 
-// K or V of a tile: where they lie, if they can be read there and no further than their end, else a copy.
-[[maybe_unused]] static void tile_rows(const Tensor& t, const Problem& x, int64_t key, int keys, int64_t columns,
-                                       int64_t width, float* copy, bool must_copy, StoredRows& found) {
-  find_rows(t, x, key, keys, columns, found);
-  const bool as_is = columns == width && direct(t.dtype) && !must_copy;
-  if (!as_is || (t.dtype == DType::e4m3 && nan_codes(found, keys, columns)))
-    copy_rows(found, keys, columns, width, copy);
+// Rows of K or V that can be read where they lie, and no further than their end, or else a copy.
+[[maybe_unused]] static void make_readable(StoredRows& rows, int64_t columns, int64_t width, float* copy) {
+  const bool as_is = columns == width && direct(rows.type);
+  if (!as_is || (rows.type == DType::e4m3 && nan_codes(rows, rows.keys, columns)))
+    copy_rows(rows, rows.keys, columns, width, copy);
+}
+
+// Where keys are hidden, a V that is not finite must not meet a weight of 0: it is 0 in a copy, from which the sums are
+// made as from V itself, and what it gives the rows that do see it is added after them. So hidden values cannot change
+// a bit of the output.
+
+// Writes 0 where `bad`; whether it was anywhere.
+template <class T, class Bad>
+FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
+  bool any = false;
+  for (int64_t i = 0; i < count; ++i) {
+    any |= bad(x[i]);
+    x[i] = bad(x[i]) ? T(0) : x[i];
+  }
+  return any;
+}
+// That copy, of V's own type for dot products; false if all of it is finite.
+[[maybe_unused]] static bool clear_values(const FewRows& f, const FewRowsScratch& w, int keys, StoredRows& v) {
+  if (!f.value_dots) {
+    copy_rows(v, keys, f.p.DV, f.ldv, w.v);
+    return clear(w.v, keys * f.ldv, [](float x) { return x - x != 0.0f; });
+  }
+  uint16_t* to = reinterpret_cast<uint16_t*>(w.v);
+  for (int j = 0; j < keys; ++j) {
+    __builtin_memcpy(to + j * f.p.DV, v.row[j], sizeof(uint16_t) * static_cast<size_t>(f.p.DV));
+    v.row[j] = reinterpret_cast<const char*>(to + j * f.p.DV);
+  }
+  return clear(to, keys * f.p.DV, [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
+}
+// O += P V for what was cleared. The copy is of no use any more.
+[[maybe_unused]] static void add_cleared(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& v) {
+  float* value = w.v;
+  for (int j = 0; j < keys; ++j) {
+    load_row(value, v.row[j], v.type, f.p.DV);
+    for (int64_t d = 0; d < f.p.DV; ++d) {
+      if (value[d] - value[d] == 0.0f) continue;
+      for (int64_t r = 0; r < f.rows(); ++r)
+        if (w.s[r * f.lds + j] != 0.0f) w.o[r * f.ldv + d] += w.s[r * f.lds + j] * value[d];
+    }
+  }
 }
 
 // One tile of keys for all rows of a task.
@@ -137,11 +175,12 @@ template <DType S>
                                       const FewRowsScratch& w) {
   const AttentionParams& p = f.p;
   const Problem& any = heads[0];
-  const int rows = static_cast<int>(f.rows()), m = static_cast<int>(p.M);
+  const int m = static_cast<int>(p.M);
   StoredRows k, v, next;
   find_rows(p.v, any, t.key, t.keys, p.DV, v);
+  find_rows(p.k, any, t.key, t.keys, p.D, k);
   find_rows(p.k, any, t.key + t.keys, static_cast<int>(min_of<int64_t>(kFewKeys, end - t.key - t.keys)), p.D, next);
-  tile_rows(p.k, any, t.key, t.keys, p.D, f.ldq, w.k, false, k);
+  make_readable(k, p.D, f.ldq, w.k);
   score_keys(f, w, t.keys, k, v);
   if (find_scales(p.k_scale, any, t.key, t.keys, w.scales)) scale_scores(f, w, t.keys);
   const int width = static_cast<int>(round_up(t.keys, VL<float>));
@@ -155,16 +194,14 @@ template <DType S>
       for (int j = own.hi; j < width; ++j) s[i * f.lds + j] = 0;
     }
   }
-  const bool hides = may_hide(any, t);  // then a V that is not finite must not meet a weight of 0
-  const bool dots = f.value_dots && (!hides || all_finite(v, t.keys, p.DV));
-  const bool copies = hides && p.v.dtype != DType::i8 && !dots;
+  const bool hides = may_hide(any, t);
   if (find_scales(p.v_scale, any, t.key, t.keys, w.scales)) scale_weights(f, w, t.keys, hides);
-  tile_rows(p.v, any, t.key, t.keys, p.DV, f.ldv, w.v, copies, v);
-  if (copies && !all_finite(w.v, f.ldv, t.keys, f.ldv))
-    gemm_skip_zeros<float, false, Into::scale_add>(rows, static_cast<int>(f.ldv), t.keys, w.s, f.lds, w.v, f.ldv, w.o,
-                                                   f.ldv, w.alpha, nullptr);
-  else
-    add_values(f, w, t.keys, v, next, dots);
+  StoredRows read = v;
+  const bool clears = hides && p.v.dtype != DType::i8;
+  const bool cleared = clears && clear_values(f, w, t.keys, read);
+  if (!clears) make_readable(read, p.DV, f.ldv, w.v);
+  add_values(f, w, t.keys, read, next);
+  if (cleared) add_cleared(f, w, t.keys, v);
 }
 
 // What a task is: (batch, key head), block of its query heads, split.

@@ -79,16 +79,6 @@ FA_INLINE bool direct(DType type) {
   return tail || any;
 }
 
-// Whether rows of bf16 are finite.
-[[maybe_unused]] static bool all_finite(const StoredRows& t, int keys, int64_t columns) {
-  bool bad = false;
-  for (int i = 0; i < keys; ++i) {
-    const uint16_t* row = reinterpret_cast<const uint16_t*>(t.row[i]);
-    for (int64_t j = 0; j < columns; ++j) bad |= (row[j] & 0x7f80) == 0x7f80;
-  }
-  return !bad;
-}
-
 FA_INLINE bool in_pages(const AttentionParams& p) { return p.page_size > 0; }
 
 // Calls f(index of the first key, keys, sequence or page (-1: a page that does not exist), row of the first in it) for
