@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/threads.h"
 #include "params.h"
 #ifdef FA_HAVE_CUDA
   #include "cuda/launch.h"

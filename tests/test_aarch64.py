@@ -20,7 +20,7 @@ from .cases import Case, check
 from .ptx_emulator.module import cache_folder
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("tests/aarch64/driver.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/kernels.cpp")
+SOURCES = ("tests/aarch64/driver.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp", "csrc/cpu/kernels.cpp")
 TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 

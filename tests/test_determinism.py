@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -79,7 +80,7 @@ def _without_dropout(seed: int) -> list[Tensor]:
 
 
 FORK = """
-import multiprocessing, sys, torch, fused_attention as fa
+import multiprocessing, os, sys, threading, torch, fused_attention as fa
 torch.set_num_threads(2)
 q, k, v, dout = (torch.randn(2, 4, 300, 32) for _ in range(4))
 leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -88,19 +89,58 @@ def run():  # nothing but our own kernels: torch's parallel operators do hang in
     out = fa.attention(*leaves, causal="top_left")
     return [t.detach().numpy() for t in (out, *torch.autograd.grad(out, leaves, dout))]
 
+def same():
+    return all((a == b).all() for a, b in zip(run(), expected))
+
+def many():  # calls of several threads share the threads of the pool
+    torch.set_num_threads(5)
+    found = []
+    callers = [threading.Thread(target=lambda: found.extend(same() for _ in range(20))) for _ in range(3)]
+    for caller in callers: caller.start()
+    for caller in callers: caller.join()
+    return found == [True] * 60
+
+def child(generations):
+    assert same() and many()
+    assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) >= 5, "has no threads of its own"
+    if generations: follow(generations - 1)
+
+def follow(generations):
+    worker = context.Process(target=child, args=(generations,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0, worker.exitcode
+
+context = multiprocessing.get_context("fork")
 expected = run()
-queue = (context := multiprocessing.get_context("fork")).Queue()
-worker = context.Process(target=lambda: queue.put(all((a == b).all() for a, b in zip(run(), expected))))
-worker.start()
-ok = queue.get(timeout=60)
-worker.join(60)
-sys.exit(0 if ok and worker.exitcode == 0 else 3)
+follow(1)
 """
 
 
 def test_fork_after_use() -> None:
-    """A forked child (a DataLoader worker) must not wait for threads that only its parent has."""
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+    """A forked child (a DataLoader worker) must not wait for threads that only its parent has: it starts its own, and
+    so does its child."""
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=200)
+
+
+BOUND = """
+import os, torch, fused_attention as fa
+torch.set_num_threads(2)
+q, k, v = (torch.randn(2, 4, 300, 32) for _ in range(3))
+found = fa.attention(q, k, v)
+torch.set_num_threads(1)
+assert torch.equal(found, fa.attention(q, k, v))
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(2)
+    os._exit(0 if torch.equal(found, fa.attention(q, k, v)) else 3)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def test_threads_bound_to_cores() -> None:
+    """OMP_PROC_BIND: with OpenMP's threads, and in a child, which has none, on the calling one."""
+    subprocess.run([sys.executable, "-c", BOUND], check=True, timeout=120, env={**os.environ, "OMP_PROC_BIND": "true"})
 
 
 @pytest.mark.fast

@@ -1,26 +1,18 @@
-// Which kernels run on this processor, and the threads that run them.
+// Which kernels run on this processor.
 #include "dispatch.h"
 
-#include <omp.h>
-#include <pthread.h>
 #if defined(__x86_64__)
   #include <cpuid.h>
 #endif
 #if defined(__linux__)
-  #include <sys/mman.h>
   #include <sys/syscall.h>
   #include <unistd.h>
 #endif
 
-#include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
-
-#include "threads.h"
 
 namespace fused_attention {
 
@@ -154,47 +146,6 @@ static const Kernels* choose() {
 const Kernels& kernels() {
   static const Kernels* const chosen = choose();
   return *chosen;
-}
-
-static std::atomic<bool> forked{false};
-
-void watch_forks() {
-  static const int installed = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  (void)installed;
-}
-
-void* allocate(size_t bytes) { return ::operator new(std::max<size_t>(bytes, 1), std::align_val_t(64), std::nothrow); }
-void release(void* memory) { ::operator delete(memory, std::align_val_t(64), std::nothrow); }
-
-void prefer_large_pages(void* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = (begin + bytes) / kPage * kPage;
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  // Advice: where it is not taken, nothing is lost.
-  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
-bool run_tasks(int64_t tasks, int threads, double work, size_t scratch_bytes, Task run, const void* plan) {
-  if (tasks <= 0) return true;
-  // Waking the pool takes some 5 us, as long as half a million multiply-adds.
-  constexpr double kWorthAThread = 5e5;
-  const bool serial = threads <= 1 || tasks == 1 || work < kWorthAThread || forked || omp_in_parallel();
-  const int team = serial ? 1 : static_cast<int>(std::min<int64_t>(threads, tasks));
-  const size_t each = (scratch_bytes + 4095) / 4096 * 4096;  // no page of scratch is shared
-  char* scratch = static_cast<char*>(allocate(each * static_cast<size_t>(team)));
-  if (!scratch) return false;
-  if (team == 1) {
-    for (int64_t i = 0; i < tasks; ++i) run(plan, i, scratch);
-  } else {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-    for (int64_t i = 0; i < tasks; ++i) run(plan, i, scratch + each * static_cast<size_t>(omp_get_thread_num()));
-  }
-  release(scratch);
-  return true;
 }
 
 }  // namespace fused_attention

@@ -17,7 +17,4 @@ struct Variant {
 // All of them, the best of the automatic ones last.
 std::vector<Variant> variants();
 
-// After a fork, the child runs on one thread: the pool did not survive. Call once, when the library is loaded.
-void watch_forks();
-
 }  // namespace fused_attention

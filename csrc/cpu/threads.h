@@ -1,4 +1,4 @@
-// Tasks on threads. Implemented in dispatch.cpp, once: the kernels of each instruction set share it.
+// Tasks on threads. Implemented in threads.cpp, once: the kernels of each instruction set share it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,9 +8,11 @@ namespace fused_attention {
 using Task = void (*)(const void* plan, int64_t task, char* scratch);
 
 // Runs task 0 .. tasks - 1, in that order of starting, each with scratch of its thread (64-byte aligned). Serial
-// where threads <= 1, in a forked child (OpenMP's threads did not survive the fork) or where `work` (multiply-adds)
-// is too little to pay for waking a thread. False if the scratch could not be allocated; then nothing ran.
+// where threads <= 1, inside an OpenMP region, or where `work` (multiply-adds) is too little to pay for waking a thread. False if the scratch could not be allocated; then nothing ran.
 bool run_tasks(int64_t tasks, int threads, double work, size_t scratch_bytes, Task run, const void* plan);
+
+// A forked child has none of its parent's threads and starts its own. Call once, when the library is loaded.
+void watch_forks();
 
 // 64-byte aligned memory; null if there is none.
 void* allocate(size_t bytes);

@@ -14,6 +14,10 @@ from rich.table import Table
 # A call on two cores of which one is half taken has three quarters of them; what goes beyond this is waiting.
 MOST_SLOWED = 2.2
 
+# Seconds after which the next quiet call is again what it would be on a machine that was never busy: a call that waited
+# for an OpenMP thread keeps ours away from those threads for so long at most (csrc/cpu/threads.cpp).
+SETTLED_AFTER = 4.0
+
 
 @contextlib.contextmanager
 def burner() -> Iterator[subprocess.Popen[bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ def _time_all(
 ) -> list[dict[str, Any]]:
     from rich.progress import Progress
 
-    from .busy import burner
+    from .busy import SETTLED_AFTER, burner
     from .contest import make_contest
     from .report import make_row
     from .timing import matrix_rate, memory_rate, take_turns
@@ -61,6 +62,7 @@ def _time_all(
             if args.busy:
                 with burner():
                     busy = take_turns(contest.runs, args.seconds, device)
+                time.sleep(SETTLED_AFTER)
             # Once per shape, the best counts: other programs come and go.
             for key, rate in ((shape.dtype, matrix_rate(shape.dtype, device)), ("memory", memory_rate(device))):
                 best[key] = max(rate, best.get(key, 0.0))
