@@ -17,12 +17,12 @@ struct Numbers {
 // registers. q: [R, width], whatever a lane of it holds.
 template <class Terms, int ROWS>
 [[maybe_unused]] static void few_products(int rows, int keys, int64_t width, const float* q, int64_t ldq, float factor,
-                                          const StoredRows& k, const StoredRows& next, float* s, int64_t lds) {
+                                          const StoredRows& k, const Ahead& next, float* s, int64_t lds) {
   constexpr int KEYS = VL<float> / ROWS;
   for (int j = 0; j < keys; j += KEYS) {
     const char* key[KEYS];  // the last keys are taken twice where they do not fill a vector
     for (int b = 0; b < KEYS; ++b) key[b] = k.row[min_of(j + b, keys - 1)];
-    for (int b = j; b < min_of(j + KEYS, next.keys); ++b) fetch(next, b);
+    for (int b = j; b < min_of(j + KEYS, next.keys); ++b) next.fetch(b);
     for (int r = 0; r < rows; r += ROWS) {
       Vec<float> acc[VL<float>];
 #pragma GCC unroll 16
@@ -52,10 +52,9 @@ template <class Terms, int ROWS>
 // o [R, width] = alpha o + s v, ROWS rows and VECTORS vectors of o at a time in registers, over all keys of the tile.
 // Even and odd keys are summed apart where there are registers for it, which rounds less. from: the first column.
 template <DType S, int ROWS, int VECTORS>
-FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, const StoredRows& v,
-                        const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
+FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, const StoredRows& v, const Ahead& next,
+                        const float* alpha, float* o, int64_t ldo) {
   constexpr int CHAINS = kVectorBytes == 64 ? 2 : 1;  // 32 registers
-  const int fetched = from ? 0 : next.keys;
   constexpr int64_t size = stored_size(S);
   Vec<float> acc[CHAINS][ROWS][VECTORS];
 #pragma GCC unroll 2
@@ -66,7 +65,7 @@ FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, con
       for (int c = 0; c < VECTORS; ++c) acc[i][a][c] = Vec<float>{};
   const auto add_key = [&](int j, Vec<float>(&sums)[ROWS][VECTORS]) __attribute__((always_inline)) {
     const char* row = v.row[j] + from * size;
-    if (j < fetched) fetch(next, j);
+    if (j < next.keys) next.fetch(j);
     Vec<float> value[VECTORS];
 #pragma GCC unroll 8
     for (int c = 0; c < VECTORS; ++c) value[c] = load_as<S>(row + c * VL<float> * size);
@@ -94,12 +93,18 @@ FA_INLINE void few_sums(int keys, int64_t from, const float* s, int64_t lds, con
 template <DType S, int VECTORS>
 FA_INLINE int64_t add_columns(int rows, int keys, int64_t from, int64_t width, const float* s, int64_t lds,
                               const StoredRows& v, const StoredRows& next, const float* alpha, float* o, int64_t ldo) {
-  for (; from + VECTORS * VL<float> <= width; from += VECTORS * VL<float>) {
+  constexpr int64_t step = VECTORS * VL<float>;
+  for (; from + step <= width; from += step) {
+    const auto ahead = [&](int64_t r, int64_t count) {
+      const int64_t done = from * rows + r * step;
+      return Ahead(next, done, done + count * step, rows * width);
+    };
     int r = 0;
     if constexpr (VECTORS <= 2)
       for (; r + 4 <= rows; r += 4)
-        few_sums<S, 4, VECTORS>(keys, from, s + r * lds, lds, v, next, alpha + r, o + r * ldo, ldo);
-    for (; r < rows; ++r) few_sums<S, 1, VECTORS>(keys, from, s + r * lds, lds, v, next, alpha + r, o + r * ldo, ldo);
+        few_sums<S, 4, VECTORS>(keys, from, s + r * lds, lds, v, ahead(r, 4), alpha + r, o + r * ldo, ldo);
+    for (; r < rows; ++r)
+      few_sums<S, 1, VECTORS>(keys, from, s + r * lds, lds, v, ahead(r, 1), alpha + r, o + r * ldo, ldo);
   }
   return from;
 }

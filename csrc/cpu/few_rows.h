@@ -21,7 +21,7 @@ struct FewRows {
   int64_t head_blocks;   // tasks that share a key head
   int64_t splits, keys;  // of the keys, and how many each has
   int64_t ldq, ldv, lds;
-  bool key_dots, value_dots;  // by few_dots.h; q is bf16 then, [R, 2 ldq]
+  bool key_dots, value_dots;  // by few_dots.h; q is bf16 then
   float* partial;             // [batch, key head, head block, split, R, ldv + 2]: O, then m and l; null with one split
   int64_t rows() const { return heads * p.M; }
   int64_t part() const { return rows() * (ldv + 2); }
@@ -47,6 +47,16 @@ struct FewRowsScratch {
   }
 };
 
+// The rows of which dot_scores takes eight at a time.
+FA_INLINE int dot_rows_of(const FewRows& f) {
+  return f.key_dots ? static_cast<int>(f.rows()) / kScoreRows * kScoreRows : 0;
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // Calls run(Numbers<type>).
 template <class Run>
 FA_INLINE void with_numbers(DType type, Run run) {
@@ -66,24 +76,34 @@ FA_INLINE void with_numbers(DType type, Run run) {
   }
 }
 
+// The rows from `row` on.
 template <class Terms>
-[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, int64_t width,
+[[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int row, int keys, int64_t width,
                                         const StoredRows& k, const StoredRows& next, float factor) {
   constexpr int most = VL<float> < 4 ? VL<float> : 4;
-  const int rows = static_cast<int>(f.rows()), whole = rows / most * most;
-  if (whole) few_products<Terms, most>(whole, keys, width, w.q, f.ldq, factor, k, next, w.s, f.lds);
-  if (whole < rows)
-    few_products<Terms, 1>(rows - whole, keys, width, w.q + whole * f.ldq, f.ldq, factor, k, next, w.s + whole * f.lds,
-                           f.lds);
+  const int rows = static_cast<int>(f.rows()), whole = row + (rows - row) / most * most;
+  const auto score = [&](auto at_a_time, int begin, int end) {
+    if (begin < end)
+      few_products<Terms, decltype(at_a_time)::value>(end - begin, keys, width, w.q + begin * f.ldq, f.ldq, factor, k,
+                                                      Ahead(next, begin, end, rows), w.s + begin * f.lds, f.lds);
+  };
+  score(Count<most>{}, row, whole);
+  score(Count<1>{}, whole, rows);
 }
 // S = scale q K^T.
 [[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& k,
                                         const StoredRows& next) {
   const float scale = static_cast<float>(f.p.scale);
 #if defined(__AVX512BF16__)
-  if (f.key_dots) return score_keys<PairsOfColumns>(f, w, keys, f.ldq / 2, k, next, scale);
+  if (f.key_dots) {
+    const int rows = static_cast<int>(f.rows()), eights = dot_rows_of(f);
+    for (int r = 0; r < eights; r += kScoreRows)
+      dot_scores(keys, f.p.D, reinterpret_cast<const char*>(w.q + r * f.ldq), scale, k,
+                 Ahead(next, r, r + kScoreRows, rows), w.s + r * f.lds, f.lds);
+    return score_keys<PairsOfColumns>(f, w, eights, keys, f.ldq / 2, k, next, scale);
+  }
 #endif
-  with_numbers(k.type, [&](auto numbers) { score_keys<decltype(numbers)>(f, w, keys, f.ldq, k, next, scale); });
+  with_numbers(k.type, [&](auto numbers) { score_keys<decltype(numbers)>(f, w, 0, keys, f.ldq, k, next, scale); });
 }
 
 template <DType S>
@@ -215,18 +235,19 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   return {pair / f.p.HK, hk, hk * (f.p.H / f.p.HK) + block * f.heads, split};
 }
 
-// The rows of one head; as they are for dot products.
-[[maybe_unused]] static void few_queries(const FewRows& f, const Problem& x, float* to) {
+// The rows of one head, the first of which is row `first` of the task.
+[[maybe_unused]] static void few_queries(const FewRows& f, const Problem& x, int first, const FewRowsScratch& w) {
   const AttentionParams& p = f.p;
   const char* from = row_address(p.q, x, x.h, 0);
   const int m = static_cast<int>(p.M);
-  if (f.key_dots) {
-    for (int i = 0; i < m; ++i)
-      __builtin_memcpy(to + i * f.ldq, from + i * p.q.stride[2] * size_of(p.q.dtype),
-                       sizeof(uint16_t) * static_cast<size_t>(p.D));
-    return;
-  }
-  pack_rows(to, f.ldq, from, p.q.dtype, p.q.stride[2], m, p.D);
+  if (!f.key_dots) return pack_rows(w.q + first * f.ldq, f.ldq, from, p.q.dtype, p.q.stride[2], m, p.D);
+#if defined(__AVX512BF16__)
+  for (int r = first; r < first + m; ++r, from += p.q.stride[2] * size_of(p.q.dtype))
+    if (r < dot_rows_of(f))
+      put_query(reinterpret_cast<char*>(w.q + r / kScoreRows * kScoreRows * f.ldq), r % kScoreRows, from, p.D);
+    else
+      __builtin_memcpy(w.q + r * f.ldq, from, sizeof(uint16_t) * static_cast<size_t>(p.D));
+#endif
 }
 
 [[maybe_unused]] static void few_rows_task(const void* plan, int64_t task, char* scratch) {
@@ -239,7 +260,7 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   Problem heads[kFewRows];
   for (int g = 0; g < f.heads; ++g) {
     heads[g] = make_problem(p, at.b, at.head + g);
-    few_queries(f, heads[g], w.q + g * m * f.ldq);
+    few_queries(f, heads[g], g * m, w);
   }
   for (int64_t i = 0; i < f.rows(); ++i) w.m[i] = -kInf<float>, w.l[i] = w.alpha[i] = 0;
   __builtin_memset(w.o, 0, sizeof(float) * static_cast<size_t>(f.rows() * f.ldv));
