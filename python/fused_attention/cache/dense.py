@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..layout import memory_order
 from ..spec import need_tensor, readable, shape_of
-from .storage import STORED, Storage, bits, chosen_rows, empty, indices, refuse, storage_dtype
+from .storage import STORED, Storage, bits, chosen_rows, empty, in_large_pages, indices, refuse, storage_dtype
 
 
 def _like(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised tensor of another shape whose dimensions lie in memory as those of t."""
     order, back = memory_order(t) if t.dim() == 4 else ([0, 1, 2], [0, 1, 2])
-    return t.new_empty([shape[d] for d in order]).permute(back)
+    return in_large_pages(t.new_empty([shape[d] for d in order])).permute(back)
 
 
 @dataclass(eq=False)
