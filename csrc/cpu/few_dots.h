@@ -1,9 +1,9 @@
-// The products of few_rows.h by dot products of bfloat16 (dots.h: VDPBF16PS), where q, K and V are bfloat16:
+// The products of few_rows.h by dot products of bfloat16 (dots.h: VDPBF16PS), where q, K and V are bfloat16 or exact in it:
 //
 //   S = scale q K^T   along the columns, 32 of them in a register, or 4 of each of eight rows
 //   O = alpha O + bf16(P) V   over pairs of keys
 //
-// The weights are rounded to bfloat16, as on panels. few_rows.h asks where `dots_fit`.
+// K and V may be codes of a quantised cache. The weights are rounded to bfloat16, as on panels. few_rows.h asks where `dots_fit`.
 #pragma once
 #include "few_products.h"
 #if defined(__AVX512BF16__)
@@ -15,12 +15,13 @@ FA_BEGIN
 constexpr int kDotColumns = 2 * VL<float>;
 constexpr int kScoreRows = 8;
 
-// Whether they are there, and fit.
-FA_INLINE bool dots_fit(DType query, DType stored, int64_t columns) {
+// Whether they are there, and fit. Codes are exact in bfloat16, but making a copy of them pays only for several rows.
+FA_INLINE bool dots_fit(DType query, DType stored, int64_t columns, int64_t rows) {
 #if defined(__AVX512BF16__)
-  return query == DType::bf16 && stored == DType::bf16 && columns % kDotColumns == 0;
+  const bool codes = stored == DType::i8 || stored == DType::e4m3;
+  return query == DType::bf16 && (stored == DType::bf16 || (codes && rows >= 4)) && columns % kDotColumns == 0;
 #else
-  (void)query, (void)stored, (void)columns;
+  (void)query, (void)stored, (void)columns, (void)rows;
   return false;
 #endif
 }
@@ -28,6 +29,35 @@ FA_INLINE bool dots_fit(DType query, DType stored, int64_t columns) {
 #if defined(__AVX512BF16__)
 
 FA_INLINE IVec<float> load_pairs(const char* p) { return bits<float>(load<float>(reinterpret_cast<const float*>(p))); }
+
+// Rows [keys, columns] as bfloat16 in `to`, and points to them.
+template <DType S>
+FA_INLINE void round_rows(StoredRows& rows, int64_t columns, uint16_t* to) {
+  for (int j = 0; j < rows.keys; ++j, to += columns) {
+    for (int64_t d = 0; d < columns; d += kDotColumns) {
+      const char* from = rows.row[j] + d * stored_size(S);
+      store_bf16(to + d, load_as<S>(from), load_as<S>(from + VL<float> * stored_size(S)));
+    }
+    rows.row[j] = reinterpret_cast<const char*>(to);
+  }
+}
+// `spare`: [keys, columns], for codes that load_as does not know.
+[[maybe_unused]] static void copy_pairs(StoredRows& rows, int64_t columns, uint16_t* to, float* spare) {
+  if (rows.type == DType::bf16) {
+    for (int j = 0; j < rows.keys; ++j, to += columns) {
+      __builtin_memcpy(to, rows.row[j], sizeof(uint16_t) * static_cast<size_t>(columns));
+      rows.row[j] = reinterpret_cast<const char*>(to);
+    }
+  } else if (rows.type == DType::i8) {
+    round_rows<DType::i8>(rows, columns, to);
+  } else if (nan_codes(rows, rows.keys, columns)) {
+    copy_rows(rows, rows.keys, columns, columns, spare);
+    round_rows<DType::f32>(rows, columns, to);
+  } else {
+    round_rows<DType::e4m3>(rows, columns, to);
+  }
+  rows.type = DType::bf16;
+}
 
 // For few_products: 16 pairs of columns in a vector.
 struct PairsOfColumns {

@@ -28,7 +28,7 @@ struct FewRows {
 };
 
 struct FewRowsScratch {
-  float *q, *k, *v, *s, *o, *m, *l, *alpha, *scales;
+  float *q, *k, *v, *s, *o, *m, *l, *alpha, *scales, *spare;
   uint16_t* pairs;
   RowBuffers<float> row;
   FewRowsScratch(const FewRows& f, Arena& a) {
@@ -41,6 +41,7 @@ struct FewRowsScratch {
     l = a.take<float>(f.rows());
     alpha = a.take<float>(f.rows());
     scales = a.take<float>(kFewKeys);
+    spare = a.take<float>(f.key_dots || f.value_dots ? kFewKeys * max_of(f.ldq, f.ldv) : 0);
     pairs = a.take<uint16_t>(f.value_dots ? f.rows() * f.lds : 0);
     row.mask = a.take<float>(kMaxKeys + 16);
     row.bias = a.take<float>(kMaxKeys + 16);
@@ -143,8 +144,15 @@ template <DType S>
     }
 }
 
-// Rows of K or V that can be read where they lie, and no further than their end, or else a copy.
-[[maybe_unused]] static void make_readable(StoredRows& rows, int64_t columns, int64_t width, float* copy) {
+// Rows of K or V that can be read where they lie, and no further than their end, or else a copy. dots: as bfloat16.
+[[maybe_unused]] static void make_readable(StoredRows& rows, int64_t columns, int64_t width, float* copy,
+                                           [[maybe_unused]] bool dots, [[maybe_unused]] float* spare) {
+#if defined(__AVX512BF16__)
+  if (dots) {
+    if (rows.type != DType::bf16) copy_pairs(rows, columns, reinterpret_cast<uint16_t*>(copy), spare);
+    return;
+  }
+#endif
   const bool as_is = columns == width && direct(rows.type);
   if (!as_is || (rows.type == DType::e4m3 && nan_codes(rows, rows.keys, columns)))
     copy_rows(rows, rows.keys, columns, width, copy);
@@ -166,16 +174,15 @@ FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
 }
 // That copy, of V's own type for dot products; false if all of it is finite.
 [[maybe_unused]] static bool clear_values(const FewRows& f, const FewRowsScratch& w, int keys, StoredRows& v) {
-  if (!f.value_dots) {
-    copy_rows(v, keys, f.p.DV, f.ldv, w.v);
-    return clear(w.v, keys * f.ldv, [](float x) { return x - x != 0.0f; });
+#if defined(__AVX512BF16__)
+  if (f.value_dots) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(w.v);
+    copy_pairs(v, f.p.DV, to, w.spare);
+    return clear(to, keys * f.p.DV, [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
   }
-  uint16_t* to = reinterpret_cast<uint16_t*>(w.v);
-  for (int j = 0; j < keys; ++j) {
-    __builtin_memcpy(to + j * f.p.DV, v.row[j], sizeof(uint16_t) * static_cast<size_t>(f.p.DV));
-    v.row[j] = reinterpret_cast<const char*>(to + j * f.p.DV);
-  }
-  return clear(to, keys * f.p.DV, [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
+#endif
+  copy_rows(v, keys, f.p.DV, f.ldv, w.v);
+  return clear(w.v, keys * f.ldv, [](float x) { return x - x != 0.0f; });
 }
 // O += P V for what was cleared. The copy is of no use any more.
 [[maybe_unused]] static void add_cleared(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& v) {
@@ -200,7 +207,7 @@ FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
   find_rows(p.v, any, t.key, t.keys, p.DV, v);
   find_rows(p.k, any, t.key, t.keys, p.D, k);
   find_rows(p.k, any, t.key + t.keys, static_cast<int>(min_of<int64_t>(kFewKeys, end - t.key - t.keys)), p.D, next);
-  make_readable(k, p.D, f.ldq, w.k);
+  make_readable(k, p.D, f.ldq, w.k, f.key_dots, w.spare);
   score_keys(f, w, t.keys, k, v);
   if (find_scales(p.k_scale, any, t.key, t.keys, w.scales)) scale_scores(f, w, t.keys);
   const int width = static_cast<int>(round_up(t.keys, VL<float>));
@@ -219,7 +226,7 @@ FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
   StoredRows read = v;
   const bool clears = hides && p.v.dtype != DType::i8;
   const bool cleared = clears && clear_values(f, w, t.keys, read);
-  if (!clears) make_readable(read, p.DV, f.ldv, w.v);
+  if (!clears) make_readable(read, p.DV, f.ldv, w.v, f.value_dots, w.spare);
   add_values(f, w, t.keys, read, next);
   if (cleared) add_cleared(f, w, t.keys, v);
 }
@@ -324,7 +331,8 @@ FA_INLINE FewRowsTask few_rows_task_of(const FewRows& f, int64_t task) {
   while (group % heads) --heads;
   f.heads = static_cast<int>(heads), f.head_blocks = group / heads;
   f.ldq = round_up(p.D, VL<float>), f.ldv = round_up(p.DV, NR<float>), f.lds = kFewKeys + VL<float>;
-  f.key_dots = dots_fit(p.q.dtype, p.k.dtype, p.D), f.value_dots = dots_fit(p.q.dtype, p.v.dtype, p.DV);
+  f.key_dots = dots_fit(p.q.dtype, p.k.dtype, p.D, f.rows());
+  f.value_dots = dots_fit(p.q.dtype, p.v.dtype, p.DV, f.rows());
   // Splits by shape alone: 32 tasks keep any desktop busy, and 512 keys outweigh the merging.
   const int64_t pairs = (p.batch_invariant ? 1 : p.B) * p.HK * f.head_blocks;
   f.splits = max_of<int64_t>(min_of(ceil_div(32, pairs), p.N / 512), 1);

@@ -148,8 +148,8 @@ template <class T>
 // How many keys the tile at `key` takes. Tiles that stay lie alike for all heads, whatever their block maps hide.
 template <class T>
 FA_INLINE int tile_keys(const Problem& x, const Forward<T>& f, int64_t row, int rows, int64_t key, int64_t end) {
-  const int64_t keys = f.kept ? cut_keys(f.p, key, f.bn) : cut_keys(x, row, rows, key, f.bn);
-  return static_cast<int>(min_of(keys, end - key));
+  const int64_t most = min_of<int64_t>(f.bn, end - key);  // no block behind the last is looked at
+  return static_cast<int>(f.kept ? min_of(cut_keys(f.p, key, f.bn), most) : cut_keys(x, row, rows, key, most));
 }
 
 // m, l and O of a block of rows, from keys r; with `kept`, the scores of all its tiles and the m after each stay too.
