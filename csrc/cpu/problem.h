@@ -22,7 +22,7 @@ struct Problem {
 
 FA_INLINE Problem make_problem(const AttentionParams& p, int64_t b, int64_t h) {
   Problem x{};
-  x.p = &p, x.b = b, x.h = h, x.hk = h / (p.H / p.HK);
+  x.p = &p, x.b = b, x.h = h, x.hk = p.H ? h / (p.H / p.HK) : 0;  // the mean of no heads asks too
   x.batch = b, x.rows = p.M, x.keys = p.N;
   if (p.cu_seqlens_q) {
     x.batch = 0;
