@@ -89,6 +89,7 @@ def test_construction_on_meta_then_materialised() -> None:
     x = torch.randn(3, 2, E, device="meta")
     assert ours(x, x, x)[0].shape == (3, 2, E)
     ours = ours.to_empty(device="cpu")
+    ours.out_proj.reset_parameters()  # whose weight _reset_parameters leaves alone, as in torch
     ours._reset_parameters()
     x = torch.randn(3, 2, E)
     assert ours(x, x, x)[0].isfinite().all()
