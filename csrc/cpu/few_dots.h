@@ -3,7 +3,8 @@
 //   S = scale q K^T   along the columns, 32 of them in a register, or 4 of each of eight rows
 //   O = alpha O + bf16(P) V   over pairs of keys
 //
-// K and V may be codes of a quantised cache. The weights are rounded to bfloat16, as on panels. few_rows.h asks where `dots_fit`.
+// K and V may be codes of a quantised cache. The weights are rounded to bfloat16, as on panels. few_rows.h asks where
+// `dots_fit`.
 #pragma once
 #include "few_products.h"
 #if defined(__AVX512BF16__)
@@ -41,8 +42,7 @@ FA_INLINE void round_rows(StoredRows& rows, int64_t columns, uint16_t* to) {
     rows.row[j] = reinterpret_cast<const char*>(to);
   }
 }
-// `spare`: [keys, columns], for codes that load_as does not know.
-[[maybe_unused]] static void copy_pairs(StoredRows& rows, int64_t columns, uint16_t* to, float* spare) {
+[[maybe_unused]] static void copy_pairs(StoredRows& rows, int64_t columns, uint16_t* to) {
   if (rows.type == DType::bf16) {
     for (int j = 0; j < rows.keys; ++j, to += columns) {
       __builtin_memcpy(to, rows.row[j], sizeof(uint16_t) * static_cast<size_t>(columns));
@@ -51,8 +51,13 @@ FA_INLINE void round_rows(StoredRows& rows, int64_t columns, uint16_t* to) {
   } else if (rows.type == DType::i8) {
     round_rows<DType::i8>(rows, columns, to);
   } else if (nan_codes(rows, rows.keys, columns)) {
-    copy_rows(rows, rows.keys, columns, columns, spare);
-    round_rows<DType::f32>(rows, columns, to);
+    alignas(64) float line[kMaxHeadDim];
+    for (int j = 0; j < rows.keys; ++j, to += columns) {
+      load_row(line, rows.row[j], rows.type, columns);
+      for (int64_t d = 0; d < columns; d += kDotColumns)
+        store_bf16(to + d, load<float>(line + d), load<float>(line + d + VL<float>));
+      rows.row[j] = reinterpret_cast<const char*>(to);
+    }
   } else {
     round_rows<DType::e4m3>(rows, columns, to);
   }

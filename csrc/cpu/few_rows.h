@@ -28,7 +28,7 @@ struct FewRows {
 };
 
 struct FewRowsScratch {
-  float *q, *k, *v, *s, *o, *m, *l, *alpha, *scales, *spare;
+  float *q, *k, *v, *s, *o, *m, *l, *alpha, *scales;
   uint16_t* pairs;
   RowBuffers<float> row;
   FewRowsScratch(const FewRows& f, Arena& a) {
@@ -41,7 +41,6 @@ struct FewRowsScratch {
     l = a.take<float>(f.rows());
     alpha = a.take<float>(f.rows());
     scales = a.take<float>(kFewKeys);
-    spare = a.take<float>(f.key_dots || f.value_dots ? kFewKeys * max_of(f.ldq, f.ldv) : 0);
     pairs = a.take<uint16_t>(f.value_dots ? f.rows() * f.lds : 0);
     row.mask = a.take<float>(kMaxKeys + 16);
     row.bias = a.take<float>(kMaxKeys + 16);
@@ -52,11 +51,6 @@ struct FewRowsScratch {
 FA_INLINE int dot_rows_of(const FewRows& f) {
   return f.key_dots ? static_cast<int>(f.rows()) / kScoreRows * kScoreRows : 0;
 }
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 
 // Calls run(Numbers<type>).
 template <class Run>
@@ -83,13 +77,12 @@ template <class Terms>
                                         const StoredRows& k, const StoredRows& next, float factor) {
   constexpr int most = VL<float> < 4 ? VL<float> : 4;
   const int rows = static_cast<int>(f.rows()), whole = row + (rows - row) / most * most;
-  const auto score = [&](auto at_a_time, int begin, int end) {
-    if (begin < end)
-      few_products<Terms, decltype(at_a_time)::value>(end - begin, keys, width, w.q + begin * f.ldq, f.ldq, factor, k,
-                                                      Ahead(next, begin, end, rows), w.s + begin * f.lds, f.lds);
-  };
-  score(Count<most>{}, row, whole);
-  score(Count<1>{}, whole, rows);
+  if (row < whole)
+    few_products<Terms, most>(whole - row, keys, width, w.q + row * f.ldq, f.ldq, factor, k,
+                              Ahead(next, row, whole, rows), w.s + row * f.lds, f.lds);
+  if (whole < rows)
+    few_products<Terms, 1>(rows - whole, keys, width, w.q + whole * f.ldq, f.ldq, factor, k,
+                           Ahead(next, whole, rows, rows), w.s + whole * f.lds, f.lds);
 }
 // S = scale q K^T.
 [[maybe_unused]] static void score_keys(const FewRows& f, const FewRowsScratch& w, int keys, const StoredRows& k,
@@ -146,10 +139,10 @@ template <DType S>
 
 // Rows of K or V that can be read where they lie, and no further than their end, or else a copy. dots: as bfloat16.
 [[maybe_unused]] static void make_readable(StoredRows& rows, int64_t columns, int64_t width, float* copy,
-                                           [[maybe_unused]] bool dots, [[maybe_unused]] float* spare) {
+                                           [[maybe_unused]] bool dots) {
 #if defined(__AVX512BF16__)
   if (dots) {
-    if (rows.type != DType::bf16) copy_pairs(rows, columns, reinterpret_cast<uint16_t*>(copy), spare);
+    if (rows.type != DType::bf16) copy_pairs(rows, columns, reinterpret_cast<uint16_t*>(copy));
     return;
   }
 #endif
@@ -157,10 +150,6 @@ template <DType S>
   if (!as_is || (rows.type == DType::e4m3 && nan_codes(rows, rows.keys, columns)))
     copy_rows(rows, rows.keys, columns, width, copy);
 }
-
-// Where keys are hidden, a V that is not finite must not meet a weight of 0: it is 0 in a copy, from which the sums are
-// made as from V itself, and what it gives the rows that do see it is added after them. So hidden values cannot change
-// a bit of the output.
 
 // Writes 0 where `bad`; whether it was anywhere.
 template <class T, class Bad>
@@ -172,12 +161,17 @@ FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
   }
   return any;
 }
+
+// Where keys are hidden, a V that is not finite must not meet a weight of 0: it is 0 in a copy, from which the sums are
+// made as from V itself, and what it gives the rows that do see it is added after them. So hidden values cannot change
+// a bit of the output.
+
 // That copy, of V's own type for dot products; false if all of it is finite.
 [[maybe_unused]] static bool clear_values(const FewRows& f, const FewRowsScratch& w, int keys, StoredRows& v) {
 #if defined(__AVX512BF16__)
   if (f.value_dots) {
     uint16_t* to = reinterpret_cast<uint16_t*>(w.v);
-    copy_pairs(v, f.p.DV, to, w.spare);
+    copy_pairs(v, f.p.DV, to);
     return clear(to, keys * f.p.DV, [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
   }
 #endif
@@ -207,7 +201,7 @@ FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
   find_rows(p.v, any, t.key, t.keys, p.DV, v);
   find_rows(p.k, any, t.key, t.keys, p.D, k);
   find_rows(p.k, any, t.key + t.keys, static_cast<int>(min_of<int64_t>(kFewKeys, end - t.key - t.keys)), p.D, next);
-  make_readable(k, p.D, f.ldq, w.k, f.key_dots, w.spare);
+  make_readable(k, p.D, f.ldq, w.k, f.key_dots);
   score_keys(f, w, t.keys, k, v);
   if (find_scales(p.k_scale, any, t.key, t.keys, w.scales)) scale_scores(f, w, t.keys);
   const int width = static_cast<int>(round_up(t.keys, VL<float>));
@@ -226,7 +220,7 @@ FA_INLINE bool clear(T* x, int64_t count, Bad bad) {
   StoredRows read = v;
   const bool clears = hides && p.v.dtype != DType::i8;
   const bool cleared = clears && clear_values(f, w, t.keys, read);
-  if (!clears) make_readable(read, p.DV, f.ldv, w.v, f.value_dots, w.spare);
+  if (!clears) make_readable(read, p.DV, f.ldv, w.v, f.value_dots);
   add_values(f, w, t.keys, read, next);
   if (cleared) add_cleared(f, w, t.keys, v);
 }

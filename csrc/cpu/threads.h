@@ -8,7 +8,9 @@ namespace fused_attention {
 using Task = void (*)(const void* plan, int64_t task, char* scratch);
 
 // Runs task 0 .. tasks - 1, in that order of starting, each with scratch of its thread (64-byte aligned). Serial
-// where threads <= 1, inside an OpenMP region, or where `work` (multiply-adds) is too little to pay for waking a thread. False if the scratch could not be allocated; then nothing ran.
+// where threads <= 1, inside an OpenMP region, in a forked child of a process that binds OpenMP's threads to cores, or
+// where `work` (multiply-adds) is too little to pay for waking a thread. False if the scratch could not be allocated;
+// then nothing ran.
 bool run_tasks(int64_t tasks, int threads, double work, size_t scratch_bytes, Task run, const void* plan);
 
 // A forked child has none of its parent's threads and starts its own. Call once, when the library is loaded.
