@@ -7,6 +7,9 @@
 // A scratch holds q [BM, ldq], kt [D, lds], v [BN, ldo], s [BS, lds], o [BM, ldo] in the compute type. The BM rows share
 // the packed K and V; of the scores there are BS rows at a time, which stay in L1 from one product to the other. Where
 // the weights are wanted (weights.h), there is an s [BM, lds] and an m for every block of keys.
+//
+// Where several blocks of rows read the same keys (share_tiles), kt and v of every tile are packed once before, and no
+// scratch has them.
 #pragma once
 #include "pack.h"
 #include "scores.h"
@@ -22,6 +25,13 @@ struct Forward {
   int64_t blocks;  // of rows
   int64_t kept;    // blocks of keys whose s stays; 0: none, they take turns
   int64_t ldq, lds, ldo;
+  int64_t first_pair;  // (batch, key head) pairs of this wave start here
+  T* shared;           // [pairs of a wave, tiles, tile_size], or null: a block packs the tiles that it sees
+  int64_t tiles;       // of a pair
+
+  int64_t group() const { return p.HK ? p.H / p.HK : 0; }
+  int64_t tile_size() const { return p.D * lds + bn * ldo; }  // kt, then v
+  T* shared_tile(int64_t pair, int64_t tile) const { return shared + (pair * tiles + tile) * tile_size(); }
 };
 
 template <class T>
@@ -30,8 +40,8 @@ struct ForwardScratch {
   RowBuffers<T> row;
   ForwardScratch(const Forward<T>& f, Arena& a) {
     q = a.template take<T>(f.bm * f.ldq);
-    kt = a.template take<T>(f.p.D * f.lds);
-    v = a.template take<T>(f.bn * f.ldo);
+    kt = a.template take<T>(f.shared ? 0 : f.p.D * f.lds);
+    v = a.template take<T>(f.shared ? 0 : f.bn * f.ldo);
     s = a.template take<T>((f.kept ? f.kept * f.bm : f.bs) * f.lds);
     o = a.template take<T>(f.bm * f.ldo);
     strip = a.template take<T>(VL<T> * f.ldq);
@@ -112,37 +122,52 @@ template <class T>
 }
 
 template <class T>
-[[maybe_unused]] static void pack_tile(const Problem& x, const Forward<T>& f, int64_t key, int keys,
-                                       const ForwardScratch<T>& w) {
+[[maybe_unused]] static void pack_tile(const Problem& x, const Forward<T>& f, int64_t key, int keys, T* kt, T* v,
+                                       T* strip) {
   const AttentionParams& p = f.p;
-  const char *k = row_address(p.k, x, x.hk, x.key0 + key), *v = row_address(p.v, x, x.hk, x.key0 + key);
-  pack_transposed(w.kt, f.lds, k, p.k.dtype, p.k.stride[2], keys, p.D, w.strip);
-  pack_rows(w.v, f.ldo, v, p.v.dtype, p.v.stride[2], keys, p.DV);
+  const char *from_k = row_address(p.k, x, x.hk, x.key0 + key), *from_v = row_address(p.v, x, x.hk, x.key0 + key);
+  pack_transposed(kt, f.lds, from_k, p.k.dtype, p.k.stride[2], keys, p.D, strip);
+  pack_rows(v, f.ldo, from_v, p.v.dtype, p.v.stride[2], keys, p.DV);
 }
 
-// What is known of the packed values: whether they are finite is looked up once, where it matters.
+// A packed tile. Whether its values are finite is looked up once, where it matters.
+template <class T>
 struct PackedTile {
-  bool done = false, checked = false, finite = false;
+  const T *kt = nullptr, *v = nullptr;
+  bool checked = false, finite = false;
 };
+
+template <class T>
+FA_INLINE PackedTile<T> packed_tile(const Problem& x, const Forward<T>& f, int64_t key, int keys,
+                                    const ForwardScratch<T>& w) {
+  if (f.shared) {
+    const T* kt = f.shared_tile(x.b * f.p.HK + x.hk - f.first_pair, key / f.bn);
+    return {kt, kt + f.p.D * f.lds};
+  }
+  pack_tile<T>(x, f, key, keys, w.kt, w.v, w.strip);
+  return {w.kt, w.v};
+}
 
 // Rows at, at + 1 ... of the block, whose scores go to s, on the packed keys.
 template <class T>
 [[maybe_unused]] static void forward_tile(const Problem& x, const Forward<T>& f, const Tile& t, int at,
-                                          const ForwardScratch<T>& w, T* s, PackedTile& packed) {
+                                          const ForwardScratch<T>& w, T* s, PackedTile<T>& packed) {
   const AttentionParams& p = f.p;
   T *o = w.o + at * f.ldo, *alpha = w.alpha + at;
-  score_products<T>(p.M, p.N, t.rows, t.keys, static_cast<int>(p.D), w.q + at * f.ldq, f.ldq, w.kt, f.lds, s, f.lds,
-                    t.panels(), score_factor<T>(p));
+  score_products<T>(p.M, p.N, t.rows, t.keys, static_cast<int>(p.D), w.q + at * f.ldq, f.ldq, packed.kt, f.lds, s,
+                    f.lds, t.panels(), score_factor<T>(p));
   finish_scores<T>(x, t, s, f.lds, nullptr, w.row);
   online_softmax<T>(t, s, f.lds, w.m + at, w.l + at, alpha);
   if (has_dropout(p)) drop_tile<T>(x, t, s, f.lds, w.keep);
   const int width = static_cast<int>(round_up(p.DV, NR<T>));
-  if (may_hide(x, t) && !packed.checked) packed.finite = all_finite(w.v, f.ldo, t.keys, width), packed.checked = true;
+  if (may_hide(x, t) && !packed.checked)
+    packed.finite = all_finite(packed.v, f.ldo, t.keys, width), packed.checked = true;
   if (may_hide(x, t) && !packed.finite)
-    gemm_skip_zeros<T, false, Into::scale_add>(t.rows, width, t.keys, s, f.lds, w.v, f.ldo, o, f.ldo, alpha,
+    gemm_skip_zeros<T, false, Into::scale_add>(t.rows, width, t.keys, s, f.lds, packed.v, f.ldo, o, f.ldo, alpha,
                                                t.panels());
   else
-    gemm<T, false, Into::scale_add>(t.rows, width, t.keys, s, f.lds, w.v, f.ldo, o, f.ldo, alpha, nullptr, t.panels());
+    gemm<T, false, Into::scale_add>(t.rows, width, t.keys, s, f.lds, packed.v, f.ldo, o, f.ldo, alpha, nullptr,
+                                    t.panels());
 }
 
 // How many keys the tile at `key` takes. Tiles that stay lie alike for all heads, whatever their block maps hide.
@@ -164,11 +189,10 @@ template <class T>
   int64_t tile = 0;
   for (int64_t key = r.lo; key < r.hi; key += keys, ++tile) {
     keys = tile_keys<T>(x, f, row, rows, key, r.hi);
-    PackedTile packed;
+    PackedTile<T> packed;
     for (int at = 0; at < rows; at += f.bs) {
       if (!make_tile(x, row + at, min_of(f.bs, rows - at), key, keys, t)) continue;
-      if (!packed.done) pack_tile<T>(x, f, key, keys, w);
-      packed.done = true;
+      if (!packed.kt) packed = packed_tile<T>(x, f, key, keys, w);
       forward_tile<T>(x, f, t, at, w, f.kept ? w.s + (tile * f.bm + at) * f.lds : w.s, packed);
     }
     if (f.kept) __builtin_memcpy(w.tops + tile * f.bm, w.m, sizeof(T) * static_cast<size_t>(rows));
@@ -185,8 +209,8 @@ template <class T>
 [[maybe_unused]] static void forward_task(const void* plan, int64_t task, char* scratch) {
   const Forward<T>& f = *static_cast<const Forward<T>*>(plan);
   const AttentionParams& p = f.p;
-  const int64_t pair = task / f.blocks;
-  const Problem x = make_problem(p, pair / p.H, pair % p.H);
+  const int64_t head = f.first_pair * f.group() + task / f.blocks;
+  const Problem x = make_problem(p, head / p.H, head % p.H);
   // Causal rows see the more keys the further down they are: the last block is handed out first.
   const int64_t row = (f.blocks - 1 - task % f.blocks) * f.step;
   if (row >= x.rows) return;
@@ -216,13 +240,64 @@ FA_INLINE double forward_work(const AttentionParams& p) {
          static_cast<double>(p.D + p.DV);
 }
 
+// --- tiles packed once ------------------------------------------------------------------------------------------------
+
+// Where tiles begin at multiples of BN, and packing, 2 to 4 % of a block's work, is repeated often enough to be worth a
+// round of tasks. A matter of time: the numbers are the same either way.
+template <class T>
+FA_INLINE bool share_tiles(const Forward<T>& f) {
+  const AttentionParams& p = f.p;
+  const bool aligned = !p.cu_seqlens_q && !p.block_map.data && !p.tree.data && p.window_left < 0;
+  return aligned && f.blocks * f.group() >= 3 && forward_work(p) >= 2e7;
+}
+
+template <class T>
+[[maybe_unused]] static void share_task(const void* plan, int64_t task, char* scratch) {
+  const Forward<T>& f = *static_cast<const Forward<T>*>(plan);
+  const int64_t pair = f.first_pair + task / f.tiles, tile = task % f.tiles, key = tile * f.bn;
+  const Problem x = make_problem(f.p, pair / f.p.HK, pair % f.p.HK * f.group());
+  if (key >= x.seen) return;
+  T* kt = f.shared_tile(task / f.tiles, tile);
+  const int keys = static_cast<int>(min_of<int64_t>(f.bn, x.seen - key));
+  pack_tile<T>(x, f, key, keys, kt, kt + f.p.D * f.lds, reinterpret_cast<T*>(scratch));
+}
+
+// Runs the blocks of `units` units, `tasks` of each, one after the other in memory and of so many (batch, key head) pairs.
+// Tiles that are shared are packed in waves of units, of 8 MB a thread or one unit: Scratch has the layout of a scratch.
+template <class T, class Scratch>
+[[maybe_unused]] static bool run_blocks(Forward<T>& f, int64_t units, int64_t tasks, int64_t pairs, Task run) {
+  const AttentionParams& p = f.p;
+  int64_t wave = units;
+  if (share_tiles<T>(f)) {
+    f.tiles = ceil_div(p.N, f.bn);
+    const int64_t bytes = pairs * f.tiles * f.tile_size() * static_cast<int64_t>(sizeof(T));
+    wave = max_of<int64_t>(min_of<int64_t>((static_cast<int64_t>(p.threads) << 23) / bytes, units), 1);
+    f.shared = static_cast<T*>(allocate(static_cast<size_t>(wave * bytes)));
+    if (!f.shared) return false;
+    prefer_large_pages(f.shared, static_cast<size_t>(wave * bytes));
+  }
+  Arena count{0};
+  Scratch layout(f, count);
+  const double work = forward_work(p),
+               packing = static_cast<double>(p.B * p.HK * p.N) * static_cast<double>(p.D + p.DV);
+  bool ok = true;
+  for (int64_t unit = 0; ok && unit < units; unit += wave) {
+    const int64_t here = min_of(wave, units - unit);
+    f.first_pair = unit * pairs;
+    if (f.shared)
+      ok = run_tasks(here * pairs * f.tiles, p.threads, packing, sizeof(T) * VL<T> * static_cast<size_t>(f.ldq),
+                     share_task<T>, &f);
+    ok = ok && run_tasks(here * tasks, p.threads, work, count.used, run, &f);
+  }
+  release(f.shared);
+  return ok;
+}
+
 template <class T>
 [[maybe_unused]] static bool forward(const AttentionParams& p) {
   const int64_t heads = (p.batch_invariant ? 1 : p.B) * p.H;
-  const Forward<T> f = make_forward<T>(p, shared_rows(p.M, heads, forward_blocks<T>(p.D, p.DV).m));
-  Arena count{0};
-  ForwardScratch<T> layout(f, count);
-  return run_tasks(p.B * p.H * f.blocks, p.threads, forward_work(p), count.used, forward_task<T>, &f);
+  Forward<T> f = make_forward<T>(p, shared_rows(p.M, heads, forward_blocks<T>(p.D, p.DV).m));
+  return run_blocks<T, ForwardScratch<T>>(f, p.B * p.HK, f.group() * f.blocks, 1, forward_task<T>);
 }
 
 FA_END

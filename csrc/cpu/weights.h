@@ -102,8 +102,9 @@ template <class T>
   const Forward<T>& f = *static_cast<const Forward<T>*>(plan);
   const AttentionParams& p = f.p;
   const bool mean = p.weights_mode == Weights::mean;
-  const int64_t pair = task / f.blocks, b = mean ? pair : pair / p.H;
-  const int64_t first = mean ? 0 : pair % p.H, last = mean ? p.H : first + 1;
+  const int64_t unit = task / f.blocks, head = f.first_pair * f.group() + unit;
+  const int64_t b = mean ? (p.HK ? f.first_pair / p.HK : 0) + unit : head / p.H, first = mean ? 0 : head % p.H;
+  const int64_t last = mean ? p.H : first + 1;
   const int64_t row = (f.blocks - 1 - task % f.blocks) * f.step;
   const int rows = static_cast<int>(min_of<int64_t>(f.step, p.M - row));
   Arena arena{reinterpret_cast<uintptr_t>(scratch)};
@@ -130,11 +131,11 @@ template <class T>
     f.lds = padded<T>(f.bn);
     f.kept = ceil_div(max_of<int64_t>(p.N, 1), p.block_n) * ceil_div(p.block_n, f.bn);
   }
-  Arena count{0};
-  WeightsScratch<T> layout(f, count);
-  const int64_t groups = p.weights_mode == Weights::mean ? p.B : p.B * p.H;
+  const bool mean = p.weights_mode == Weights::mean;
+  const int64_t groups = mean ? p.B : p.B * p.H;
   prefer_large_pages(p.weights.data, static_cast<size_t>(groups * p.M * p.N * size_of(p.weights.dtype)));
-  return run_tasks(groups * f.blocks, p.threads, forward_work(p), count.used, weights_task<T>, &f);
+  if (mean) return run_blocks<T, WeightsScratch<T>>(f, p.B, f.blocks, p.HK, weights_task<T>);
+  return run_blocks<T, WeightsScratch<T>>(f, p.B * p.HK, f.group() * f.blocks, 1, weights_task<T>);
 }
 
 FA_END
