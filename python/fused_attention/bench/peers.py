@@ -136,31 +136,49 @@ def _flex(shape: AttentionShape, device: torch.device) -> Attention:
 def _openvino_refuses(shape: AttentionShape, device: torch.device) -> str | None:
     if importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed"
-    if device.type != "cpu" or shape.backward:
-        return "OpenVINO runs forward passes on the CPU here"
-    if shape.dtype != torch.float32:
-        return "OpenVINO is timed in float32"
-    return "OpenVINO's operation has no groups of heads" if shape.heads != shape.kv_heads else None
+    return "OpenVINO runs forward passes on the CPU here" if device.type != "cpu" or shape.backward else None
+
+
+def _openvino_tensor(t: Tensor) -> Any:
+    """The same memory; NumPy has no bfloat16, whose bits travel as int16."""
+    import openvino
+
+    if t.dtype != torch.bfloat16:
+        return openvino.Tensor(t.detach().numpy(), shared_memory=True)
+    return openvino.Tensor(t.detach().view(torch.int16).numpy(), list(t.shape), openvino.Type.bf16)
 
 
 def _openvino(shape: AttentionShape, device: torch.device) -> Attention:
     import openvino
     from openvino import opset13
 
-    sizes = [[shape.batch, shape.heads, n, shape.head_dim] for n in (shape.rows, shape.columns, shape.columns)]
-    inputs = [opset13.parameter(size, openvino.Type.f32) for size in sizes]
+    names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    core, name = openvino.Core(), names[shape.dtype]
+    batch, heads, kv_heads, dim = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
+    sizes = [[batch, heads, shape.rows, dim], *([[batch, kv_heads, shape.columns, dim]] * 2)]
+    inputs = [opset13.parameter(size, getattr(openvino.Type, name)) for size in sizes]
+
+    def expand(node: Any) -> Any:
+        """The operation has no groups of heads."""
+        one = opset13.unsqueeze(node, opset13.constant([2]))
+        wide = opset13.broadcast(one, opset13.constant([batch, kv_heads, heads // kv_heads, shape.columns, dim]))
+        return opset13.reshape(wide, opset13.constant([batch, heads, shape.columns, dim]), special_zero=False)
+
     mask = mask_of(shape, device) if shape.window is None else window_mask(shape, device)
-    extra = [] if mask is None else [opset13.constant(mask.numpy())]
-    node = opset13.scaled_dot_product_attention(*inputs, *extra, causal=shape.causal)
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    model = openvino.Core().compile_model(openvino.Model([node], inputs), "CPU", settings)
-    request = model.create_infer_request()
+    extra = [] if mask is None else [openvino.op.Constant(_openvino_tensor(mask.contiguous()), shared_memory=False)]
+    keys = inputs[1:] if heads == kv_heads else [expand(node) for node in inputs[1:]]
+    node = opset13.scaled_dot_product_attention(inputs[0], *keys, *extra, causal=shape.causal)
+    # A hint the processor has no instructions for may lead to arithmetic in another 16-bit type.
+    hint = name if name.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": hint}
+    request = core.compile_model(openvino.Model([node], inputs), "CPU", settings).create_infer_request()
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for i, t in enumerate((q, k, v)):
-            request.set_input_tensor(i, openvino.Tensor(t.detach().numpy(), shared_memory=True))
+            request.set_input_tensor(i, _openvino_tensor(t))
         request.infer()
-        return torch.from_numpy(request.get_output_tensor(0).data)
+        data = request.get_output_tensor(0).data
+        return torch.from_numpy(data.view("int16")).view(shape.dtype) if name == "bf16" else torch.from_numpy(data)
 
     return call
 
