@@ -100,6 +100,13 @@ static const Field kFields[] = {
 };
 #undef FIELD
 
+#define FIELD(name, kind) {#name, Kind::kind, offsetof(LinearParams, name)}
+static const Field kLinearFields[] = {
+    FIELD(rows, int64), FIELD(in, int64), FIELD(out, int64), FIELD(x, tensor),
+    FIELD(w, tensor),   FIELD(b, tensor), FIELD(y, tensor),  FIELD(threads, int32),
+};
+#undef FIELD
+
 #ifdef FA_HAVE_CUDA
   // Offsets into a structure that stands within another.
   #define FIELD(name, kind) {#name, Kind::kind, offsetof(cuda::DecodeParams, name)}
@@ -153,6 +160,12 @@ static PyObject* field_table();
 template <>
 PyObject* field_table<AttentionParams>() {
   static PyObject* const table = make_table(kFields);
+  return table;
+}
+
+template <>
+PyObject* field_table<LinearParams>() {
+  static PyObject* const table = make_table(kLinearFields);
   return table;
 }
 
@@ -266,9 +279,9 @@ static Params parse(const py::dict& args) {
   return p;
 }
 
-template <bool (*Kernels::*FUNCTION)(const AttentionParams&)>
+template <class Params, bool (*Kernels::*FUNCTION)(const Params&)>
 static void call(const py::dict& args) {
-  const AttentionParams p = parse<AttentionParams>(args);
+  const Params p = parse<Params>(args);
   const Kernels& k = kernels();
   bool ok;
   {
@@ -277,6 +290,43 @@ static void call(const py::dict& args) {
   }
   if (!ok) throw std::bad_alloc();
 }
+
+// Attention between two projections, of which the first gives its inputs and the second takes its output: all that stays
+// the same from call to call. The addresses of q, k and v are offsets in bytes within what the first one gives.
+class Projected {
+ public:
+  Projected(const py::dict& first, const py::dict& args, const py::dict& last)
+      : first_(parse<LinearParams>(first)), last_(parse<LinearParams>(last)), p_(parse<AttentionParams>(args)) {}
+
+  // joint, attended: memory for what is between the steps, or 0. b1, b2, lse, weights: 0 if absent or not wanted.
+  void run(uintptr_t x, uintptr_t w1, uintptr_t b1, uintptr_t w2, uintptr_t b2, uintptr_t joint, uintptr_t attended,
+           uintptr_t y, uintptr_t lse, uintptr_t weights, int32_t threads) const {
+    LinearParams before = first_, after = last_;
+    AttentionParams p = p_;
+    const Kernels& k = kernels();
+    bool ok;
+    {
+      py::gil_scoped_release nogil;
+      const size_t size = size_t(before.rows) * (p.q.dtype == DType::f64 ? 8 : p.q.dtype == DType::f32 ? 4 : 2);
+      void* memory = joint ? nullptr : allocate(size * size_t(before.out + after.in));
+      if (!joint) joint = reinterpret_cast<uintptr_t>(memory), attended = joint + size * size_t(before.out);
+      put(before.x, x), put(before.w, w1), put(before.b, b1), put(before.y, joint);
+      for (Tensor* t : {&p.q, &p.k, &p.v}) put(*t, joint + reinterpret_cast<uintptr_t>(t->data));
+      put(p.out, attended), put(p.lse, lse), put(p.weights, weights);
+      put(after.x, attended), put(after.w, w2), put(after.b, b2), put(after.y, y);
+      before.threads = p.threads = after.threads = threads;
+      ok = joint && k.linear(before) && k.forward(p) && k.linear(after);
+      release(memory);
+    }
+    if (!ok) throw std::bad_alloc();
+  }
+
+ private:
+  LinearParams first_, last_;
+  AttentionParams p_;
+
+  static void put(Tensor& t, uintptr_t address) { t.data = reinterpret_cast<void*>(address); }
+};
 
 #ifdef FA_HAVE_CUDA
 // What would be launched: [(kernel, blocks, threads, bytes of shared memory, the kernel's argument, tensor maps), ...].
@@ -360,9 +410,14 @@ static py::dict info() {
 PYBIND11_MODULE(_C, m) {
   using namespace fused_attention;
   watch_forks();
-  m.doc() = "Attention on a CPU. Each function takes a dict with the fields of AttentionParams (csrc/params.h).";
-  m.def("attention_forward", &call<&Kernels::forward>, py::arg("args"));
-  m.def("attention_backward", &call<&Kernels::backward>, py::arg("args"));
+  m.doc() = "Attention on a CPU. Each function takes dicts with the fields of the structs in csrc/params.h.";
+  m.def("attention_forward", &call<AttentionParams, &Kernels::forward>, py::arg("args"));
+  m.def("attention_backward", &call<AttentionParams, &Kernels::backward>, py::arg("args"));
+  m.def("linear", &call<LinearParams, &Kernels::linear>, py::arg("args"));
+  py::class_<Projected>(m, "Projected", "attention between two projections")
+      .def(py::init<const py::dict&, const py::dict&, const py::dict&>(), py::arg("first"), py::arg("args"),
+           py::arg("last"))
+      .def("run", &Projected::run);
 #ifdef FA_HAVE_CUDA
   define_cuda<AttentionParams, cuda::plan_forward>(m, "forward");
   define_cuda<cuda::Fp8Params, cuda::plan_forward_fp8>(m, "forward_fp8");

@@ -95,4 +95,14 @@ struct AttentionParams {
   int64_t pages = 0, page_size = 0;  // 0: no pages
 };
 
+// A projection on a CPU: y = x w^T + b. All of one floating dtype; the last dimension of each has stride 1.
+struct LinearParams {
+  int64_t rows = 0, in = 0, out = 0;
+  Tensor x;  // [rows, in]
+  Tensor w;  // [out, in]
+  Tensor b;  // [out]        may be absent
+  Tensor y;  // [rows, out]
+  int32_t threads = 1;
+};
+
 }  // namespace fused_attention

@@ -24,6 +24,7 @@ ORDER = [
     ["models"],
     ["integrations", "parity"],
     ["nn"],
+    ["projected"],
     ["sdpa", "decode", "scores", "joint", "context_parallel"],
     ["functional", "ops"],
     ["autograd"],

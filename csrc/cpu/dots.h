@@ -112,7 +112,7 @@ FA_INLINE void multiply_rows(const Product& p, int row) {
 
 template <bool INT8>
 FA_OUTLINE void multiply(const Product& p) {
-  for (int row = 0; row < 2 * kTileRows; row += kDotRows) multiply_rows<INT8>(p, row);
+  for (int row = 0; row < p.rows; row += kDotRows) multiply_rows<INT8>(p, row);
 }
 
 FA_END

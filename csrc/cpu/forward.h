@@ -108,7 +108,7 @@ template <class T>
       const double high = sink > m ? sink : m, shrink = high == m ? 1.0 : __builtin_exp(m - high);
       const double total = l * shrink + (p.sinks.data ? __builtin_exp(sink - high) : 0.0);
       divisor = static_cast<T>(total / shrink);
-      lse = high + __builtin_log(total);
+      if (p.lse.data) lse = high + __builtin_log(total);
       shift = static_cast<T>(high), inverse = static_cast<T>(1.0 / total);
     }
     T* o = outputs + i * ldo;

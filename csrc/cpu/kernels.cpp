@@ -18,6 +18,7 @@
 #include "backward.h"
 #include "bias_grad.h"
 #include "few_rows.h"
+#include "linear.h"
 #include "weights.h"
 
 FA_BEGIN
@@ -90,5 +91,5 @@ FA_END
 
 namespace fused_attention {
 extern const Kernels FA_NAME(FA_ISA);
-const Kernels FA_NAME(FA_ISA) = {FA_STRING(FA_ISA), FA_ISA::run_forward, FA_ISA::run_backward};
+const Kernels FA_NAME(FA_ISA) = {FA_STRING(FA_ISA), FA_ISA::run_forward, FA_ISA::run_backward, FA_ISA::linear};
 }  // namespace fused_attention

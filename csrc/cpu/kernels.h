@@ -8,6 +8,7 @@ struct Kernels {
   const char* isa;
   bool (*forward)(const AttentionParams&);  // with the weights, where these are given
   bool (*backward)(const AttentionParams&);
+  bool (*linear)(const LinearParams&);
 };
 
 // The table of this machine. Throws std::invalid_argument if FUSED_ATTENTION_CPU_ISA names one that is not built or

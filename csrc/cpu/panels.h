@@ -88,39 +88,63 @@ FA_INLINE bool has_parts(float x) {
   return x == 0.0f || (size >= 0x1p-100f && size < 0x1p127f);
 }
 
+typedef uint16_t WideHalfVec __attribute__((vector_size(64)));  // 32 numbers of two bytes
+
+// dst = src ^ sign, both of bf16; bad collects the exponents that are all ones: numbers that are not finite.
+FA_INLINE void copy_bf16(uint16_t* dst, const uint16_t* src, int64_t n, uint16_t sign, WideHalfVec& bad) {
+  constexpr uint16_t special = 0x7f80;
+  int64_t j = 0;
+  for (; j + 32 <= n; j += 32) {
+    WideHalfVec x;
+    __builtin_memcpy(&x, src + j, sizeof x);
+    bad |= (WideHalfVec)((x & special) == special);
+    x ^= sign;
+    __builtin_memcpy(dst + j, &x, sizeof x);
+  }
+  for (; j < n; ++j) {
+    bad[0] |= (src[j] & special) == special;
+    dst[j] = src[j] ^ sign;
+  }
+}
+FA_INLINE bool any_set(WideHalfVec x) {
+  uint64_t words[8], all = 0;
+  __builtin_memcpy(words, &x, sizeof x);
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
+}
+
 // Rows of a tensor into a strip; false if any of their numbers is not finite, or has no parts.
 [[maybe_unused]] static bool load_strip(uint16_t* strip, int64_t width, const char* src, DType type, int64_t stride,
                                         int rows, int64_t columns, bool negate) {
   const int parts = parts_of(type);
-  const uint16_t sign = negate ? 0x8000 : 0, special = type == DType::f16 ? 0x7c00 : 0x7f80;
   int bad = 0;
   // Rows of one head in a projection of all heads lie far apart: the processor does not guess the next one.
   for (int i = 0; i < rows; ++i)
     for (int64_t at = 0; at < columns * size_of(type); at += 64)
       __builtin_prefetch(src + i * stride * size_of(type) + at);
-  for (int i = 0; i < kPanel; ++i) {
-    uint16_t* row = strip + i * width;
-    for (int part = 0; part < parts; ++part) {
-      const int64_t from = i < rows ? columns : 0;
-      __builtin_memset(row + part * kPanel * width + from, 0, sizeof(uint16_t) * static_cast<size_t>(width - from));
-    }
-    if (i >= rows) continue;
+  if (columns < width || rows < kPanel)
+    __builtin_memset(strip, 0, sizeof(uint16_t) * static_cast<size_t>(parts * kPanel * width));
+  if (parts == 1) {
+    WideHalfVec special{};
+    for (int i = 0; i < rows; ++i)
+      copy_bf16(strip + i * width, reinterpret_cast<const uint16_t*>(src) + i * stride, columns, negate ? 0x8000 : 0,
+                special);
+    return !any_set(special);
+  }
+  for (int i = 0; i < rows; ++i) {
     const char* at = src + i * stride * size_of(type);
     const uint16_t* half = reinterpret_cast<const uint16_t*>(at);
-    if (parts < 3)
-      for (int64_t j = 0; j < columns; ++j) bad |= (half[j] & special) == special;
-    if (parts == 1) {
-      for (int64_t j = 0; j < columns; ++j) row[j] = half[j] ^ sign;
-      continue;
-    }
+    if (parts == 2)
+      for (int64_t j = 0; j < columns; ++j) bad |= (half[j] & 0x7c00) == 0x7c00;
     float line[kMaxHeadDim];
     load_row(line, at, type, columns);
     if (parts == 3)
       for (int64_t j = 0; j < columns; ++j) bad |= !has_parts(line[j]);
+    uint16_t* row = strip + i * width;
     for (int part = 0; part < parts; ++part, row += kPanel * width)
       for (int64_t j = 0; j < columns; ++j) {
         const uint16_t high = to_bf16(line[j]);
-        row[j] = high ^ sign;
+        row[j] = negate ? high ^ 0x8000 : high;
         line[j] -= from_bf16(high);
       }
   }

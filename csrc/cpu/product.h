@@ -53,7 +53,8 @@ struct Product {
   int steps;
   int terms;  // of kTerms, from the first
   bool add;
-  bool int8;  // A and B are of i8, two in the place of one bf16, and C is of i32
+  bool int8;      // A and B are of i8, two in the place of one bf16, and C is of i32
+  int rows = 32;  // of C that are wanted; the others may be computed
 };
 
 FA_END

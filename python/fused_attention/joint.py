@@ -32,7 +32,7 @@ def joint_attention(
     Returns:
         The output, [B, S, H D] or [S, B, H D], and the weights or None.
     """
-    if not dropout_p and _is_plain_joint(qkv):
+    if not dropout_p and is_plain(qkv):
         needs = qkv.requires_grad and torch.is_grad_enabled()
         kind = (qkv.shape, heads, batch_first, qkv.dtype, needs, causal, return_weights)
         spec = dispatch.select_joint(*kind, dispatch.requested())
@@ -44,7 +44,7 @@ def joint_attention(
     return merge_heads(output, batch_first), weights
 
 
-def _is_plain_joint(qkv: Tensor) -> bool:
+def is_plain(qkv: Tensor) -> bool:
     """Whether plain data on a CPU, outside of transforms and autocast, lies densely in memory."""
     if type(qkv) is not Tensor or not qkv.is_cpu or qkv.layout != torch.strided or not qkv.is_contiguous():
         return False

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import FLOAT_DTYPES, AttentionSpec, Device, Inputs, Outputs, beyond, uneven_blocks
-from .params import _C, Call, Gradients, call_of, describe, import_error, put_incoming, put_input_gradients, put_outputs
+from .params import (
+    _C,
+    DTYPE_CODES,
+    WEIGHTS_CODES,
+    Call,
+    Gradients,
+    call_of,
+    describe,
+    import_error,
+    put_incoming,
+    put_input_gradients,
+    put_outputs,
+)
 
 _import_error = import_error
 
@@ -103,6 +116,80 @@ def backward(spec: AttentionSpec, x: Inputs, out: Outputs, grads: Gradients) -> 
         call.put("dsinks", found["sinks"])
     _C.attention_backward(call.args)
     return {n: g.to(getattr(x, n).dtype) for n, g in found.items()}
+
+
+# --- projections, of a module's small calls -------------------------------------------------------------------------
+
+
+@functools.cache
+def _isa() -> str | None:
+    return info().get("isa")
+
+
+@functools.cache
+def _slow_in_torch(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies matrices of this dtype by loops of its own here, at 1 to 20 GFLOP/s."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def projections_pay(dtype: torch.dtype, rows: int, width: int) -> bool:
+    """Whether a call that also projects [rows, width] to 3 width and back is faster than PyTorch's products around it.
+
+    PyTorch spends 3 us on a small product of float32 and 20 us on one of bfloat16 before it multiplies.
+    """
+    if not rows or dtype == torch.float64 or _isa() in (None, "portable"):
+        return False
+    if _slow_in_torch(dtype):
+        return rows >= 8 or width <= 256
+    most, widest = (2e6, 128) if dtype == torch.float32 else (3e7, 256)
+    return width <= widest and 3 * rows * width * width <= most
+
+
+class Projected:
+    """`forward_joint` between two projections: a call with all but its addresses."""
+
+    def __init__(self, spec: AttentionSpec, batch_first: bool) -> None:
+        assert _C is not None
+        batch, heads, rows, dim, code = spec.batch, spec.heads, spec.rows, spec.head_dim, DTYPE_CODES[spec.dtype]
+        width = heads * dim
+        self.spec = spec
+        self.joint_size = (batch, rows, 3 * width) if batch_first else (rows, batch, 3 * width)
+
+        def placed(columns: int, at: int = 0) -> tuple[int, ...]:
+            batch_step, row_step = (rows * columns, columns) if batch_first else (columns, batch * columns)
+            return (at * spec.dtype.itemsize, code, batch_step, dim, row_step, 1)
+
+        args = describe(spec)
+        args |= {name: placed(3 * width, i * width) for i, name in enumerate(("q", "k", "v"))}
+        args |= {"out": placed(width), "lse": (0, DTYPE_CODES[spec.lse_dtype], heads * rows, rows, 1)}
+        if spec.weights is not None:
+            by_head = (heads * rows * rows, rows * rows) if spec.weights == "heads" else (rows * rows, 0)
+            args |= {"weights": (0, code, *by_head, rows, 1), "weights_mode": WEIGHTS_CODES[spec.weights]}
+
+        def linear(out: int) -> dict[str, Any]:
+            matrices = {"x": (0, code, width), "w": (0, code, width), "b": (0, code), "y": (0, code, out)}
+            return {"rows": batch * rows, "in": width, "out": out, **matrices}
+
+        self._run = _C.Projected(linear(3 * width), args, linear(width)).run
+
+    def __call__(
+        self, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The output, the weights if they are asked for, and to `keep`: the projection, attention's output, lse."""
+        spec = self.spec
+        output = torch.empty_like(x)
+        weights = joint = attended = lse = None
+        if spec.weights is not None:
+            heads = () if spec.weights == "mean" else (spec.heads,)
+            weights = x.new_empty(spec.batch, *heads, spec.rows, spec.rows)
+        if keep:
+            joint, attended = x.new_empty(self.joint_size), torch.empty_like(x)
+            lse = x.new_empty(spec.batch, spec.heads, spec.rows, dtype=spec.lse_dtype)
+        tensors = (x, w1, b1, w2, b2, joint, attended, output, lse, weights)
+        self._run(*[0 if t is None else t.data_ptr() for t in tensors], torch.get_num_threads())
+        return output, weights, joint, attended, lse
 
 
 # --- query, key and value from one projection: dense [B, S, 3 H D], or [S, B, 3 H D] without `batch_first` ---------

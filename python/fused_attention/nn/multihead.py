@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import attention, varlen_attention
-from ..joint import joint_attention
 from ..layout import merge_heads
+from ..projected import Projection, projected_attention
 from ..spec import Causal
 from . import nested
 
@@ -179,17 +179,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         alone = query is key is value and attn_mask is None and key_padding_mask is None
         weight = self._joint_weight(query) if alone else None
         if weight is not None:
-            qkv = F.linear(query, weight, self.in_proj_bias)
-            attended, weights = joint_attention(qkv, self.num_heads, batch_first, **options)
-        else:
-            self._check_shapes(query, key, value, key_padding_mask, attn_mask, batch_first)
-            order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-            q, k, v = (t.permute(order) for t in self._project(query, key, value))  # [N, H, L or S, d], views
-            mask, bias = self._merge(attn_mask, key_padding_mask, q)
-            k, v = self._extend(k, v)
-            attended, weights = self._attend(q, k, v, mask, bias, options)
-            attended = merge_heads(attended, batch_first)  # [N, L, E] or [L, N, E], still a view
-        return self._output(attended), weights
+            first, last = Projection(weight, self.in_proj_bias), Projection(self.out_proj.weight, self.out_proj.bias)
+            return projected_attention(query, first, last, self.num_heads, batch_first, **options)
+        self._check_shapes(query, key, value, key_padding_mask, attn_mask, batch_first)
+        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+        q, k, v = (t.permute(order) for t in self._project(query, key, value))  # [N, H, L or S, d], views
+        mask, bias = self._merge(attn_mask, key_padding_mask, q)
+        k, v = self._extend(k, v)
+        attended, weights = self._attend(q, k, v, mask, bias, options)
+        return self._output(merge_heads(attended, batch_first)), weights  # merged [N, L, E] or [L, N, E], still a view
 
     def _options(self, causal: Causal | None, need_weights: bool, average: bool) -> dict[str, Any]:
         """What is asked of `attention` beside its tensors."""
