@@ -242,13 +242,13 @@ FA_INLINE double forward_work(const AttentionParams& p) {
 
 // --- tiles packed once ------------------------------------------------------------------------------------------------
 
-// Where tiles begin at multiples of BN, and packing, 2 to 4 % of a block's work, is repeated often enough to be worth a
-// round of tasks. A matter of time: the numbers are the same either way.
+// Where tiles begin at multiples of BN, and packing, 2 to 4 % of a block's work, is repeated often: shared tiles come from
+// L3. A matter of time: the numbers are the same either way.
 template <class T>
 FA_INLINE bool share_tiles(const Forward<T>& f) {
   const AttentionParams& p = f.p;
   const bool aligned = !p.cu_seqlens_q && !p.block_map.data && !p.tree.data && p.window_left < 0;
-  return aligned && f.blocks * f.group() >= 3 && forward_work(p) >= 2e7;
+  return aligned && f.blocks * f.group() >= 8 && forward_work(p) >= 2e7;
 }
 
 template <class T>
