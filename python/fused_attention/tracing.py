@@ -17,6 +17,8 @@ def is_traced(query: object) -> bool:
     """Whether the call must stay one op: a tracer, a dispatch mode or a tensor without plain data."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace, to which other results are constants
+        return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return isinstance(query, Tensor) and (

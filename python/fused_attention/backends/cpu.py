@@ -129,9 +129,13 @@ def _isa() -> str | None:
 @functools.cache
 def _slow_in_torch(dtype: torch.dtype) -> bool:
     """Whether PyTorch multiplies matrices of this dtype by loops of its own here, at 1 to 20 GFLOP/s."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return True
+    ask = torch.ops.mkldnn
+    supported = ask._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ask._is_mkldnn_fp16_supported
+    return not supported()
 
 
 def projections_pay(dtype: torch.dtype, rows: int, width: int) -> bool:
