@@ -307,9 +307,12 @@ class Projected {
     bool ok;
     {
       py::gil_scoped_release nogil;
-      const size_t size = size_t(before.rows) * (p.q.dtype == DType::f64 ? 8 : p.q.dtype == DType::f32 ? 4 : 2);
-      void* memory = joint ? nullptr : allocate(size * size_t(before.out + after.in));
-      if (!joint) joint = reinterpret_cast<uintptr_t>(memory), attended = joint + size * size_t(before.out);
+      const size_t size = static_cast<size_t>(before.rows) * (p.q.dtype == DType::f64   ? 8
+                                                              : p.q.dtype == DType::f32 ? 4
+                                                                                        : 2);
+      void* memory = joint ? nullptr : allocate(size * static_cast<size_t>(before.out + after.in));
+      if (!joint)
+        joint = reinterpret_cast<uintptr_t>(memory), attended = joint + size * static_cast<size_t>(before.out);
       put(before.x, x), put(before.w, w1), put(before.b, b1), put(before.y, joint);
       for (Tensor* t : {&p.q, &p.k, &p.v}) put(*t, joint + reinterpret_cast<uintptr_t>(t->data));
       put(p.out, attended), put(p.lse, lse), put(p.weights, weights);
