@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +22,7 @@ from fused_attention.layout import split_joint
 from fused_attention.parity.rule import compare
 from fused_attention.projected import Projection, projected_attention
 
-pytestmark = [
-    pytest.mark.fast,
-    pytest.mark.skipif("error" in cpu.info(), reason="the C++ extension is not built"),
-]
+pytestmark = pytest.mark.skipif("error" in cpu.info(), reason="the C++ extension is not built")
 LAYOUTS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "length first"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
@@ -78,6 +79,7 @@ def _check(found: list[Any], same: list[Any], exact: list[Any], grad: bool) -> N
         assert figures["error"] <= figures["allowed"], (i, figures)
 
 
+@pytest.mark.fast
 @LAYOUTS
 @DTYPES
 @pytest.mark.parametrize("causal", [None, "top_left"])
@@ -115,6 +117,7 @@ def test_values_and_gradients(
     assert len(calls) == 2
 
 
+@pytest.mark.fast
 @LAYOUTS
 @DTYPES
 def test_options(dtype: torch.dtype, batch_first: bool, calls: list[cpu.Projected]) -> None:
@@ -132,6 +135,7 @@ def test_options(dtype: torch.dtype, batch_first: bool, calls: list[cpu.Projecte
     assert len(calls) == 2
 
 
+@pytest.mark.fast
 def test_derivatives(calls: list[cpu.Projected]) -> None:
     tensors = [t.requires_grad_() for t in _problem((2, 3), 8)]
 
@@ -142,6 +146,7 @@ def test_derivatives(calls: list[cpu.Projected]) -> None:
     assert calls
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 3), (1, 2, 4)], ids=str)
 @pytest.mark.parametrize("loss_of", [(0,), (1,), (0, 1)], ids=["output", "weights", "both"])
 def test_some_gradients(wanted: tuple[int, ...], loss_of: tuple[int, ...], calls: list[cpu.Projected]) -> None:
@@ -159,6 +164,7 @@ def test_some_gradients(wanted: tuple[int, ...], loss_of: tuple[int, ...], calls
     assert len(calls) == 1
 
 
+@pytest.mark.fast
 def test_what_goes_by_itself(calls: list[cpu.Projected]) -> None:
     """Three steps, with the same answer."""
     tensors = _problem((2, 9), 32, torch.float32)
@@ -197,6 +203,7 @@ def test_what_goes_by_itself(calls: list[cpu.Projected]) -> None:
     assert not calls
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_projection_alone(dtype: torch.dtype, threads: int) -> None:
@@ -216,6 +223,7 @@ def test_the_projection_alone(dtype: torch.dtype, threads: int) -> None:
         assert y[0, 0] == float("inf") and y[1:].isfinite().all()
 
 
+@pytest.mark.fast
 def test_the_module_uses_it_where_it_pays() -> None:
     if not cpu.projections_pay(torch.bfloat16, 8, 64):
         pytest.skip(f"the kernels for {cpu.info()['isa']} leave projections to PyTorch")
@@ -225,3 +233,17 @@ def test_the_module_uses_it_where_it_pays() -> None:
     assert "Projected" in type(output.grad_fn).__name__
     assert not cpu.projections_pay(torch.float32, 10**6, 64) and not cpu.projections_pay(torch.float64, 8, 64)
     assert not cpu.projections_pay(torch.bfloat16, 0, 64)
+
+
+OTHERS = [isa for key in ("isas", "isas_for_tests") for isa in cpu.info().get(key, []) if isa != cpu.info()["isa"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", OTHERS)
+def test_on_the_other_instruction_sets(isa: str) -> None:
+    files = [__file__, str(Path(__file__).with_name("test_shared_tiles.py"))]
+    chosen = ["-m", "not slow", "-k", "projection_alone or head_alone or waves"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, *chosen]
+    environment = os.environ | {"FUSED_ATTENTION_CPU_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:]
