@@ -198,6 +198,7 @@ def units(compiler: list[str], cuda: Cuda | None) -> list[Unit]:
     return [
         Unit("csrc/bindings.cpp", "bindings.o", [*includes, *(["-DFA_HAVE_CUDA=1"] if cuda else [])]),
         Unit("csrc/cpu/dispatch.cpp", "dispatch.o", built),
+        Unit("csrc/cpu/projected.cpp", "projected.o", []),
         Unit("csrc/cpu/threads.cpp", "threads.o", []),
         *kernels,
         *(cuda_units(cuda) if cuda else []),

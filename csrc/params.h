@@ -1,4 +1,4 @@
-// The one struct that crosses from Python into a kernel: plain numbers and pointers, no PyTorch type.
+// The structs that cross from Python into a kernel: plain numbers and pointers, no PyTorch type.
 #pragma once
 #include <cstdint>
 

@@ -160,3 +160,24 @@ def test_every_op_is_sound(name: str) -> None:
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_attention::")}
     assert registered == set(SAMPLES), "an op without a sample here"
     torch.library.opcheck(getattr(torch.ops.fused_attention, name).default, SAMPLES[name]())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_jit_trace(kind: str, grad: bool) -> None:
+    """What is traced on one input answers for another: no result is a constant."""
+    module = MODULES[kind]()
+    x, y = torch.randn(2, 3, 5, E).unbind()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.jit.trace(module, (x,), check_trace=False)(y), module(y))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("function", [fa.attention, fa.scaled_dot_product_attention])
+def test_jit_trace_of_functions(function: Callable[..., Any], grad: bool) -> None:
+    q, other = torch.randn(2, 2, H, 5, 8).unbind()
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(lambda t: function(t, t, t), (q,), check_trace=False)
+        torch.testing.assert_close(traced(other), function(other, other, other))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import fused_attention.nn as fused
-from fused_attention import attention, scaled_dot_product_attention
 from fused_attention.backends import cpu
 from fused_attention.nn import multihead
 
@@ -259,22 +258,6 @@ def test_export_and_symbolic_trace() -> None:
     traced = torch.fx.symbolic_trace(model)
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["attention"]
     close(traced(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
-def test_jit_trace(grad: bool) -> None:
-    """What is traced on one input answers for another: no result is a constant."""
-    model = _Residual()
-    x, y = torch.randn(3, 2, E), torch.randn(3, 2, E)
-    q, other = (torch.randn(2, H, 5, 8) for _ in range(2))
-    with torch.set_grad_enabled(grad):
-        close(torch.jit.trace(model, (x,), check_trace=False)(y), model(y))
-        for function in (attention, scaled_dot_product_attention):
-            close(
-                torch.jit.trace(lambda t, f=function: f(t, t, t), (q,), check_trace=False)(other),
-                function(*[other] * 3),
-            )
 
 
 # --- no copies ----------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def projected_attention(
     """
     call = None if dropout_p else _one_call(x, first, last, heads, batch_first, causal, return_weights)
     if call is None:
-        return _apart(x, first, last, heads, batch_first, causal, dropout_p, return_weights)
+        options: dict[str, Any] = {"causal": causal, "dropout_p": dropout_p, "return_weights": return_weights}
+        return _apart(x, first, last, heads, batch_first, **options)
     if call.spec.gradients:
         found: tuple[Tensor, Tensor | None] = _Projected.apply(call, batch_first, x, *first, *last)
         return found
@@ -61,17 +62,9 @@ def projected_attention(
 
 
 def _apart(
-    x: Tensor,
-    first: Projection,
-    last: Projection,
-    heads: int,
-    batch_first: bool,
-    causal: Causal | None,
-    dropout_p: float,
-    return_weights: WeightsMode | None,
+    x: Tensor, first: Projection, last: Projection, heads: int, batch_first: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The three steps by themselves."""
-    options: dict[str, Any] = {"causal": causal, "dropout_p": dropout_p, "return_weights": return_weights}
     attended, weights = joint_attention(F.linear(x, *first), heads, batch_first, **options)
     return F.linear(attended, *last), weights
 
@@ -164,7 +157,8 @@ def _gradients_in_graph(
 ) -> list[Tensor | None]:
     """The gradients of the three steps by themselves, to be differentiated again."""
     x, wi, bi, wo, bo = tensors
-    found = _apart(x, Projection(wi, bi), Projection(wo, bo), spec.heads, batch_first, spec.causal, 0.0, spec.weights)
+    options: dict[str, Any] = {"causal": spec.causal, "return_weights": spec.weights}
+    found = _apart(x, Projection(wi, bi), Projection(wo, bo), spec.heads, batch_first, **options)
     pairs = [(y, dy) for y, dy in zip(found, (dout, dweights), strict=True) if y is not None and dy is not None]
     inputs = [t for t, need in zip(tensors, needs, strict=True) if need]
     outputs, incoming = zip(*pairs, strict=True)
